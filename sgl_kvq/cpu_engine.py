@@ -1,0 +1,39 @@
+"""A platform that lets the unmodified SGLang serve on a CPU with plain PyTorch operators.
+
+SGLang resolves its platform while `sglang.srt.utils` is still being imported, so this module may
+import nothing of SGLang but the platform interface; the factories import what they return.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
+    """CPU through PyTorch's own operators: no `sgl_kernel`, no Triton, no graphs."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def get_device(self, device_id: int | None = None) -> str:  # type: ignore[override]
+        """Return the device string: SGLang splits it, unlike what its own CPU mixin returns."""
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        """Return SGLang's own PyTorch backend; `--kv-quant` selects ours."""
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        """Return SGLang's own pool; `--kv-quant` replaces it one level higher."""
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool  # type: ignore[no-any-return]
+
+    def get_paged_allocator_cls(self) -> type:
+        """Return the allocator that needs no Triton."""
+        from sgl_kvq.cpu_allocator import CpuPagedAllocator
+
+        return CpuPagedAllocator
