@@ -1,0 +1,19 @@
+"""Exceptions of this package. Caller mistakes in an API are `ValueError` or `TypeError`."""
+
+from __future__ import annotations
+
+
+class KvqError(RuntimeError):
+    """Base of every run-time error that sgl_kvq raises."""
+
+
+class ConfigError(KvqError, ValueError):
+    """An option, model or memory size the user can change; shown as one line at start."""
+
+
+class HostError(KvqError):
+    """SGLang is not what the hooks expect: a name moved, or a hook is not live."""
+
+
+class PoolExhaustedError(KvqError):
+    """No open-page or sink slot is free although admission should have kept one."""

@@ -1,0 +1,115 @@
+"""The page family: what a format states about K and about V."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["channel", "token"]
+Rounding = Literal["even", "half_up"]
+Arithmetic = Literal["integer", "dequantize"]
+
+MAX_PARTITION = 64
+
+
+def partition_size(head_dim: int) -> int:
+    """Channels that share one scale or one code sum: at most 64, dividing head_dim.
+
+    Source: HACK (ATC '26), `min(64, head_dim)` lowered by 16 until it divides head_dim.
+    """
+    size = min(MAX_PARTITION, head_dim)
+    while head_dim % size:
+        size -= 16
+    return size
+
+
+def hadamard_order(head_dim: int, requested: int = 0) -> int:
+    """Order of the diagonal Hadamard blocks: the largest power of two dividing head_dim, <= 128.
+
+    Args:
+        head_dim: Channels of a head.
+        requested: A power of two to use instead, 0 for the default.
+
+    Raises:
+        ValueError: `requested` does not divide head_dim.
+    """
+    if requested:
+        if head_dim % requested:
+            raise ValueError(
+                f"--kv-quant-hadamard-block: expected a divisor of head_dim {head_dim}, "
+                f"got {requested}"
+            )
+        return requested
+    return min(128, head_dim & -head_dim)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How one of K and V is coded inside a closed page.
+
+    value = code * scale + min, with one bfloat16 (scale, min) per group.
+
+    Args:
+        num_bits: 2, 4 or 8; 16 stores the rows as they are.
+        axis: "channel": a group is one channel over the tokens of the page. "token": a group is
+            `group_size` consecutive channels of one token.
+        whole_head: On the token axis, one group spans the whole head instead of <= 64 channels.
+        rotated: Channels are multiplied by a block-diagonal Hadamard matrix before coding.
+        rounding: "even" rounds to nearest, ties to even; "half_up" is floor(x + 0.5).
+    """
+
+    num_bits: int
+    axis: Axis = "token"
+    whole_head: bool = False
+    rotated: bool = False
+    rounding: Rounding = "even"
+
+    def __post_init__(self) -> None:
+        if self.num_bits not in (2, 4, 8, 16):
+            raise ValueError(f"num_bits: expected 2, 4, 8 or 16, got {self.num_bits}")
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the page stores 16-bit rows, without metadata."""
+        return self.num_bits == 16
+
+    @property
+    def max_code(self) -> int:
+        """Largest code."""
+        return int((1 << self.num_bits) - 1)
+
+    @property
+    def num_planes(self) -> int:
+        """Codes per byte. Field i of byte j holds channel `i * head_dim / num_planes + j`."""
+        return 8 // self.num_bits
+
+    def num_groups(self, head_dim: int) -> int:
+        """Groups of channels of one token (token axis), or channels (channel axis)."""
+        if self.axis == "channel":
+            return head_dim
+        return 1 if self.whole_head else head_dim // partition_size(head_dim)
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """A named scheme: the coding of K and of V, and how products with codes are computed.
+
+    Args:
+        name: The value of `--kv-quant`.
+        k: Coding of keys.
+        v: Coding of values.
+        arithmetic: "integer" multiplies 8-bit queries and probabilities with the codes and uses
+            cached code sums (homomorphic); "dequantize" multiplies 16- or 32-bit ones.
+        source: Paper and section the mathematics comes from, and what we changed.
+    """
+
+    name: str
+    k: Coding
+    v: Coding
+    arithmetic: Arithmetic
+    source: str
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether a page caches the sums of its codes."""
+        return self.arithmetic == "integer"

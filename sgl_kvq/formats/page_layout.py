@@ -1,0 +1,159 @@
+"""Where the fields of a closed page lie inside its row of bytes (pure arithmetic)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import Coding, QuantFormat, hadamard_order, partition_size
+
+ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of one head inside a page row.
+
+    Args:
+        offset_bytes: From the first byte of the head.
+        shape: Elements, row-major.
+        dtype: Element type.
+    """
+
+    offset_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the field without alignment padding."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _align(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _sum_dtype(terms: int, max_code: int) -> torch.dtype:
+    return torch.uint8 if terms * max_code <= 255 else torch.int16
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Byte layout of a page row: `num_kv_heads` equal head slices, fields inside each.
+
+    Fields of a head, each aligned to 16 bytes (B = bits, P = 64 tokens, D = head_dim):
+    `k_codes` uint8 [P, D*B/8], `k_scales` and `k_mins` bfloat16 [D] (channel axis) or [groups, P]
+    (token axis), `k_sums` [partitions, P], then `v_codes` uint8 [D*B/8, P] (token-contiguous),
+    `v_scales`, `v_mins`, and `v_sums` [D]. Sums exist in homomorphic formats only. With 16 bits
+    the codes are the rows themselves, [P, D].
+
+    Args:
+        format: What K and V store.
+        head_dim: Channels of a head, a multiple of 16.
+        num_kv_heads: KV heads of this rank.
+        row_dtype: Type of 16-bit rows, bfloat16 or float16.
+        hadamard_block: See `hadamard_order`; 0 for the default.
+
+    Raises:
+        ValueError: head_dim is not a multiple of 16, or the Hadamard block does not divide it.
+    """
+
+    format: QuantFormat
+    head_dim: int
+    num_kv_heads: int
+    row_dtype: torch.dtype = torch.bfloat16
+    hadamard_block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 16:
+            raise ValueError(f"head_dim: expected a multiple of 16, got {self.head_dim}")
+        hadamard_order(self.head_dim, self.hadamard_block)
+
+    @property
+    def partition(self) -> int:
+        """Channels that share a code sum."""
+        return partition_size(self.head_dim)
+
+    @property
+    def rotation_order(self) -> int:
+        """Order of the Hadamard blocks of rotated codings."""
+        return hadamard_order(self.head_dim, self.hadamard_block)
+
+    @cached_property
+    def fields(self) -> dict[str, Field]:
+        """Fields of one head by name, in the order they lie."""
+        fields: dict[str, Field] = {}
+        offset = 0
+        for name, shape, dtype in (*self._k_fields(), *self._v_fields()):
+            fields[name] = Field(offset, shape, dtype)
+            offset = _align(offset + fields[name].size_bytes)
+        return fields
+
+    def _k_fields(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        coding = self.format.k
+        if coding.is_raw:
+            return [("k_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
+        width = self.head_dim // coding.num_planes
+        fields = [("k_codes", (PAGE_SIZE, width), torch.uint8), *self._meta_fields("k", coding)]
+        if self.format.has_sums:
+            sums = (self.head_dim // self.partition, PAGE_SIZE)
+            fields.append(("k_sums", sums, _sum_dtype(self.partition, coding.max_code)))
+        return fields
+
+    def _v_fields(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        coding = self.format.v
+        if coding.is_raw:
+            return [("v_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
+        width = self.head_dim // coding.num_planes
+        fields = [("v_codes", (width, PAGE_SIZE), torch.uint8), *self._meta_fields("v", coding)]
+        if self.format.has_sums:
+            fields.append(("v_sums", (self.head_dim,), _sum_dtype(PAGE_SIZE, coding.max_code)))
+        return fields
+
+    def _meta_fields(
+        self, prefix: str, coding: Coding
+    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        groups = coding.num_groups(self.head_dim)
+        shape = (groups,) if coding.axis == "channel" else (groups, PAGE_SIZE)
+        return [(f"{prefix}_{meta}", shape, torch.bfloat16) for meta in ("scales", "mins")]
+
+    @cached_property
+    def head_bytes(self) -> int:
+        """Bytes of one head, padding included."""
+        last = list(self.fields.values())[-1]
+        return _align(last.offset_bytes + last.size_bytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page row: one layer, all heads of this rank."""
+        return self.head_bytes * self.num_kv_heads
+
+    @property
+    def row_page_bytes(self) -> int:
+        """Bytes of the same 64 tokens as 16-bit K and V rows."""
+        return 2 * PAGE_SIZE * self.num_kv_heads * self.head_dim * self.row_dtype.itemsize
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes a token of a closed page takes in one layer."""
+        return self.page_bytes / PAGE_SIZE
+
+    def view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """View one field of page rows, without a copy.
+
+        Args:
+            rows: uint8 [N, page_bytes], contiguous.
+            name: A key of `fields`.
+
+        Returns:
+            [N, num_kv_heads, *shape] of the field's dtype, aliasing `rows`.
+        """
+        field = self.fields[name]
+        heads = rows.view(-1, self.num_kv_heads, self.head_bytes)
+        part = heads[..., field.offset_bytes : field.offset_bytes + field.size_bytes]
+        return part.view(field.dtype).unflatten(-1, field.shape)
