@@ -1,0 +1,1 @@
+"""Operations on pages: one folder an op, `reference.py` in plain torch is the specification."""

@@ -1,0 +1,154 @@
+"""Close pages: quantize and pack 16-bit rows into page rows. This file is the specification."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import Coding
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.kernels.hadamard import rotate
+
+
+def quantize_groups(
+    x: torch.Tensor, coding: Coding, dim: int, excluded: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code x in groups along one dimension against the stored bfloat16 metadata.
+
+    m = bf16(min x), s = bf16((max x - m) / (2^b - 1)), 1 where that is not positive;
+    code = clip(round((x - m) / s), 0, 2^b - 1); value = code * s + m.
+
+    Args:
+        x: float32, any shape, finite.
+        coding: Bits and rounding.
+        dim: The dimension a group runs along.
+        excluded: bool, broadcastable to x: elements left out of min and max and coded 0.
+
+    Returns:
+        codes uint8 like x; scales and mins bfloat16, size 1 along dim.
+
+    Source: HACK (ATC '26), quantization against stored metadata; KIVI and SAW-INT4 code against
+    unrounded metadata.
+    """
+    low, high = x, x
+    if excluded is not None:
+        low = x.masked_fill(excluded, torch.inf)
+        high = x.masked_fill(excluded, -torch.inf)
+    mins = low.amin(dim, keepdim=True).to(torch.bfloat16)
+    spread = high.amax(dim, keepdim=True) - mins.float()
+    scales = (spread / coding.max_code).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    steps = (x - mins.float()) / scales.float()
+    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
+    codes = steps.clamp(0, coding.max_code).to(torch.uint8)
+    if excluded is not None:
+        codes = codes.masked_fill(excluded, 0)
+    return codes, scales, mins
+
+
+def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
+    """Pack codes into bytes: field i of byte j holds element `i * width + j` along `dim`.
+
+    Args:
+        codes: uint8 [..., size, ...], each below 2^(8/num_planes).
+        num_planes: Codes per byte, 1, 2 or 4; divides size.
+        dim: The packed dimension, negative.
+
+    Returns:
+        uint8, size `size / num_planes` along dim.
+    """
+    packed = torch.zeros_like(codes.narrow(dim, 0, codes.shape[dim] // num_planes))
+    for plane, part in enumerate(codes.chunk(num_planes, dim)):
+        packed |= part << (plane * 8 // num_planes)
+    return packed
+
+
+def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace NaN by 0 and infinities by the largest finite value.
+
+    One bad element would otherwise poison the scale of its whole group.
+
+    Args:
+        x: 16-bit rows, any shape.
+
+    Returns:
+        (rows like x, number of replaced elements as an int64 scalar tensor).
+    """
+    num_bad = (~torch.isfinite(x)).sum()
+    return torch.nan_to_num(x), num_bad
+
+
+def encode_pages(
+    k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
+) -> torch.Tensor:
+    """Quantize full pages into page rows.
+
+    Args:
+        k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, finite.
+        v: Values, same shape and dtype.
+        num_sinks: int32 [N], leading tokens of each page that are kept elsewhere in 16 bits: left
+            out of the scales along the tokens, coded 0.
+        layout: What to store where.
+
+    Returns:
+        uint8 [N, page_bytes], every byte defined: alignment gaps are 0.
+
+    Raises:
+        ValueError: wrong shape or dtype, or an element is NaN or infinite.
+    """
+    expected = (PAGE_SIZE, layout.num_kv_heads, layout.head_dim)
+    for name, rows in (("k", k), ("v", v)):
+        if tuple(rows.shape[1:]) != expected or rows.dtype != layout.row_dtype:
+            raise ValueError(
+                f"{name}: expected [N, {', '.join(map(str, expected))}] {layout.row_dtype}, "
+                f"got {list(rows.shape)} {rows.dtype}"
+            )
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"{name}: expected finite values, got NaN or infinity; "
+                f"pass rows through contain_non_finite first"
+            )
+    pages = torch.zeros((k.shape[0], layout.page_bytes), dtype=torch.uint8, device=k.device)
+    tokens = torch.arange(PAGE_SIZE, device=k.device)
+    is_sink = (tokens < num_sinks[:, None])[:, None, :, None]  # [N, 1, P, 1]
+    _encode_tensor(pages, "k", k, layout.format.k, is_sink, layout)
+    _encode_tensor(pages, "v", v, layout.format.v, is_sink, layout)
+    return pages
+
+
+def _encode_tensor(
+    pages: torch.Tensor,
+    name: str,
+    rows: torch.Tensor,
+    coding: Coding,
+    is_sink: torch.Tensor,
+    layout: PageLayout,
+) -> None:
+    """Write the fields of K or of V into `pages`."""
+    if coding.is_raw:
+        layout.view(pages, f"{name}_codes").copy_(rows.transpose(1, 2))
+        return
+    x = rows.transpose(1, 2).float()  # [N, H, P, D]
+    if coding.rotated:
+        x = rotate(x, layout.rotation_order)
+    if coding.axis == "channel":
+        codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink)
+        scales, mins = scales.squeeze(2), mins.squeeze(2)  # [N, H, D]
+    else:
+        groups = coding.num_groups(layout.head_dim)
+        grouped = x.unflatten(-1, (groups, -1))  # [N, H, P, G, D/G]
+        codes, scales, mins = quantize_groups(grouped, coding, dim=-1)
+        codes = codes.flatten(-2).masked_fill(is_sink, 0)
+        scales, mins = (meta.squeeze(-1).transpose(2, 3) for meta in (scales, mins))  # [N, H, G, P]
+    layout.view(pages, f"{name}_scales").copy_(scales)
+    layout.view(pages, f"{name}_mins").copy_(mins)
+    if name == "k":
+        layout.view(pages, "k_codes").copy_(pack_planes(codes, coding.num_planes, -1))
+        if layout.format.has_sums:
+            partitions = codes.unflatten(-1, (-1, layout.partition))
+            layout.view(pages, "k_sums").copy_(partitions.sum(-1).transpose(2, 3))
+    else:
+        by_channel = codes.transpose(2, 3)  # [N, H, D, P]
+        layout.view(pages, "v_codes").copy_(pack_planes(by_channel, coding.num_planes, -2))
+        if layout.format.has_sums:
+            layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
