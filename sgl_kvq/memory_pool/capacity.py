@@ -1,0 +1,145 @@
+"""How many pages, open slots and sink slots fit in a number of bytes (pure arithmetic)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.page_layout import PageLayout
+
+PAGES_PER_OPEN_SLOT = 288
+"""Default concurrency: one running request for 18,432 tokens of capacity."""
+
+PAGES_PER_SINK_SLOT = 48
+"""Distinct first pages the radix tree can hold: one for 3,072 tokens of capacity."""
+
+MIN_PAGES = 4
+MAX_OPEN_SLOTS = 2048
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """A sized pool of one rank. All counts are usable ones; each part has one padding entry more.
+
+    Args:
+        layout: Of a page row.
+        num_layers: Layers of this rank.
+        sink_tokens: Rows of a sink slot.
+        num_pages: Pages for tokens.
+        open_slots: Requests that can run at once.
+    """
+
+    layout: PageLayout
+    num_layers: int
+    sink_tokens: int
+    num_pages: int
+    open_slots: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_pages * PAGE_SIZE
+
+    @property
+    def sink_slots(self) -> int:
+        """First pages that can be closed at once: one a running request, and the cached ones."""
+        if self.sink_tokens == 0:
+            return 0
+        return self.open_slots + self.num_pages // PAGES_PER_SINK_SLOT
+
+    @property
+    def sink_slot_bytes(self) -> int:
+        """Bytes of the sink rows of one first page, all layers."""
+        return self.layout.row_page_bytes * self.sink_tokens // PAGE_SIZE * self.num_layers
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages, all layers."""
+        return (self.num_pages + 1) * self.layout.page_bytes * self.num_layers
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of the rows of open pages, all layers."""
+        return (self.open_slots + 1) * self.layout.row_page_bytes * self.num_layers
+
+    @property
+    def sink_bytes(self) -> int:
+        """Bytes of sink rows, all layers."""
+        return (self.sink_slots + 1) * self.sink_slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the pool allocates."""
+        return self.page_bytes + self.open_bytes + self.sink_bytes
+
+    @property
+    def bf16_tokens(self) -> int:
+        """Tokens a 16-bit pool would hold in the same bytes."""
+        return self.total_bytes * PAGE_SIZE // (self.layout.row_page_bytes * self.num_layers)
+
+    def describe(self) -> str:
+        """One line for the log: format, bytes per token, gain over 16 bits, tokens."""
+        page_token_bytes = self.layout.bytes_per_token * self.num_layers
+        gain = self.num_tokens / self.bf16_tokens
+        return (
+            f"--kv-quant {self.layout.format.name}: {page_token_bytes:,.0f} bytes/token in closed "
+            f"pages, {self.num_tokens:,} tokens in {self.total_bytes / 2**30:.3f} GiB, "
+            f"{gain:.2f}x what bf16 holds ({self.bf16_tokens:,}); open pages of up to "
+            f"{self.open_slots} running requests {self.open_bytes / 2**20:.1f} MiB, sink rows "
+            f"{self.sink_bytes / 2**20:.1f} MiB"
+        )
+
+
+def plan_pool(
+    budget_bytes: int,
+    layout: PageLayout,
+    num_layers: int,
+    sink_tokens: int,
+    open_slots: int | None = None,
+    max_tokens: int | None = None,
+) -> PoolPlan:
+    """Find the largest pool that fits.
+
+    Args:
+        budget_bytes: For this rank, everything included.
+        layout: Of a page row.
+        num_layers: Layers of this rank.
+        sink_tokens: Rows kept in 16 bits of each first page.
+        open_slots: Requests that run at once; None takes one for `PAGES_PER_OPEN_SLOT` pages.
+        max_tokens: Upper limit on tokens.
+
+    Returns:
+        A plan with `total_bytes <= budget_bytes`.
+
+    Raises:
+        ConfigError: not even a few pages fit.
+    """
+
+    def plan(num_pages: int) -> PoolPlan:
+        slots = open_slots
+        if slots is None:
+            slots = min(MAX_OPEN_SLOTS, max(2, num_pages // PAGES_PER_OPEN_SLOT))
+        return PoolPlan(layout, num_layers, sink_tokens, num_pages, slots)
+
+    low, high = 0, budget_bytes // (layout.page_bytes * num_layers)
+    if max_tokens is not None:
+        high = min(high, max_tokens // PAGE_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan(middle).total_bytes <= budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    best = plan(low)
+    if low < MIN_PAGES:
+        need = plan(MIN_PAGES)
+        raise ConfigError(
+            f"--kv-quant {layout.format.name}: expected memory for at least {MIN_PAGES} pages "
+            f"and the open pages of {need.open_slots} requests ({need.total_bytes / 2**30:.4f} "
+            f"GiB), got {budget_bytes / 2**30:.4f} GiB"
+            + (f" and --max-total-tokens {max_tokens}" if max_tokens is not None else "")
+            + "; raise --kv-quant-memory-gb or --mem-fraction-static, or lower "
+            "--max-running-requests"
+        )
+    return best
