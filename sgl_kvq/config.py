@@ -10,6 +10,9 @@ from sgl_kvq.formats.registry import get_format
 PAGE_SIZE = 64
 """Tokens per page: the quantization block, the radix-tree granule and the wire block."""
 
+MIN_PAGES = 4
+"""Smallest pool worth starting a server for."""
+
 MAX_SINK_TOKENS = 16
 
 PREFILL_MODES = ("exact", "quantized")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
-from sglang.srt.utils import get_num_new_pages
+
+from sgl_kvq.host import PagedTokenToKVPoolAllocator, alloc_extend_naive, get_num_new_pages
 
 
 class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
     """SGLang's paged allocator without its Triton kernels, which need a GPU."""
+
+    free_pages: torch.Tensor
 
     def alloc_extend(
         self,

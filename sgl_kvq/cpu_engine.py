@@ -6,9 +6,7 @@ import nothing of SGLang but the platform interface; the factories import what t
 
 from __future__ import annotations
 
-from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import SRTPlatform
+from sgl_kvq.host import CpuDeviceMixin, PlatformEnum, SRTPlatform
 
 
 class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
@@ -18,7 +16,7 @@ class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
     device_name = "cpu"
     device_type = "cpu"
 
-    def get_device(self, device_id: int | None = None) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int | None = None) -> str:
         """Return the device string: SGLang splits it, unlike what its own CPU mixin returns."""
         return "cpu"
 
@@ -28,9 +26,9 @@ class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
 
     def get_mha_kv_pool_cls(self) -> type:
         """Return SGLang's own pool; `--kv-quant` replaces it one level higher."""
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sgl_kvq.host import MHATokenToKVPool
 
-        return MHATokenToKVPool  # type: ignore[no-any-return]
+        return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
         """Return the allocator that needs no Triton."""

@@ -81,10 +81,9 @@ class KvqServerArgs(ServerArgs):
             return
         model_config = self.get_model_config()
         check_model(model_config)
-        if config.memory_gb is not None:
-            from sgl_kvq.memory_pool.sizing import check_memory
+        from sgl_kvq.memory_pool.sizing import check_memory
 
-            check_memory(self, model_config, config)
+        check_memory(self, model_config, config)
 
     @classmethod
     def from_cli_args(cls, args: Any) -> KvqServerArgs:

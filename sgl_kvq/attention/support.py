@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.host import AttentionArch, AttentionType, RadixAttention, mambaish_config
-
-BACKEND = "kvq"
+from sgl_kvq.server_args import BACKEND
 
 # Option of ServerArgs, the values --kv-quant works with, and what to do otherwise.
 _OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -53,6 +52,11 @@ def check_options(args: Any) -> None:
             raise ConfigError(
                 f"--kv-quant with {flag}: expected {expected or 'it unset'}, got {value}; {advice}"
             )
+    if args.max_total_tokens is not None and args.max_total_tokens < MIN_PAGES * PAGE_SIZE:
+        raise ConfigError(
+            f"--kv-quant with --max-total-tokens: expected at least {MIN_PAGES * PAGE_SIZE}, "
+            f"got {args.max_total_tokens}; raise it"
+        )
     chunk = args.chunked_prefill_size
     if chunk is not None and chunk > 0 and chunk % PAGE_SIZE:
         raise ConfigError(

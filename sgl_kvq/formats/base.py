@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sgl_kvq.errors import ConfigError
+
 Axis = Literal["channel", "token"]
 Rounding = Literal["even", "half_up"]
 Arithmetic = Literal["integer", "dequantize"]
@@ -31,11 +33,11 @@ def hadamard_order(head_dim: int, requested: int = 0) -> int:
         requested: A power of two to use instead, 0 for the default.
 
     Raises:
-        ValueError: `requested` does not divide head_dim.
+        ConfigError: `requested` does not divide head_dim.
     """
     if requested:
         if head_dim % requested:
-            raise ValueError(
+            raise ConfigError(
                 f"--kv-quant-hadamard-block: expected a divisor of head_dim {head_dim}, "
                 f"got {requested}"
             )

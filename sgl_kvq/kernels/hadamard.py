@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 
-@lru_cache(maxsize=32)
-def hadamard_matrix(order: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the normalized Sylvester Hadamard matrix, symmetric and its own inverse.
-
-    Args:
-        order: A power of two.
-        device: Where the matrix lives.
-        dtype: Its type.
-
-    Returns:
-        [order, order].
-    """
-    matrix = torch.ones((1, 1), dtype=torch.float64)
-    while matrix.shape[0] < order:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return (matrix / order**0.5).to(device=device, dtype=dtype)
-
-
 def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
-    """Multiply each block of `order` channels by the Hadamard matrix. Its own inverse.
+    """Multiply each block of `order` channels by the normalized Sylvester Hadamard matrix.
+
+    The rotation is its own inverse. It is computed by butterflies, additions and subtractions in a
+    fixed order, so that every device and batch shape gives the same bits.
 
     Args:
-        x: [..., head_dim], floating point; head_dim is a multiple of `order`.
-        order: Order of the blocks.
+        x: [..., head_dim], float32 or float64; head_dim is a multiple of `order`.
+        order: Order of the blocks, a power of two.
 
     Returns:
         A new tensor like x.
 
     Source: SAW-INT4, block-diagonal rotation after RoPE; order 128 in the published runs.
     """
-    blocks = x.unflatten(-1, (-1, order))
-    return (blocks @ hadamard_matrix(order, x.device, x.dtype)).flatten(-2)
+    shape, width = x.shape, 1
+    while width < order:
+        a, b = x.reshape(*shape[:-1], -1, 2, width).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2)
+        width *= 2
+    return x.reshape(shape) * (1 / order**0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.page_layout import PageLayout
 
@@ -14,7 +14,6 @@ PAGES_PER_OPEN_SLOT = 288
 PAGES_PER_SINK_SLOT = 48
 """Distinct first pages the radix tree can hold: one for 3,072 tokens of capacity."""
 
-MIN_PAGES = 4
 MAX_OPEN_SLOTS = 2048
 
 

@@ -39,15 +39,22 @@ def make_layout(
 
 
 def check_memory(args: Any, model_config: Any, config: KVQuantConfig) -> None:
-    """Refuse `--kv-quant-memory-gb` that holds no pool, before any process starts.
+    """Refuse a layout or `--kv-quant-memory-gb` that cannot be, before any process starts.
+
+    Args:
+        args: SGLang's `ServerArgs`.
+        model_config: SGLang's `ModelConfig`.
+        config: The options.
 
     Raises:
-        ConfigError: says how much is needed.
+        ConfigError: says what does not fit and how much is needed.
     """
-    assert config.memory_gb is not None
+    layout = make_layout(config, model_config, args.tp_size, model_config.dtype)
+    if config.memory_gb is None:
+        return
     plan_pool(
         int(config.memory_gb * 2**30),
-        make_layout(config, model_config, args.tp_size, model_config.dtype),
+        layout,
         model_config.num_hidden_layers,
         config.sink_tokens,
         args.max_running_requests,

@@ -63,8 +63,13 @@ def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
     return packed
 
 
+def largest_magnitude(dtype: torch.dtype) -> float:
+    """Largest |x| that can be quantized: the spread of a group must stay finite in float32."""
+    return min(torch.finfo(dtype).max, 2.0**126)
+
+
 def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace NaN by 0 and infinities by the largest finite value.
+    """Replace NaN by 0 and clamp to what a scale can span, see `largest_magnitude`.
 
     One bad element would otherwise poison the scale of its whole group.
 
@@ -74,8 +79,9 @@ def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (rows like x, number of replaced elements as an int64 scalar tensor).
     """
-    num_bad = (~torch.isfinite(x)).sum()
-    return torch.nan_to_num(x), num_bad
+    limit = largest_magnitude(x.dtype)
+    contained = torch.nan_to_num(x, posinf=limit, neginf=-limit).clamp(-limit, limit)
+    return contained, (contained != x).sum()
 
 
 def encode_pages(
@@ -84,7 +90,8 @@ def encode_pages(
     """Quantize full pages into page rows.
 
     Args:
-        k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, finite.
+        k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, at most
+            2**126 in size.
         v: Values, same shape and dtype.
         num_sinks: int32 [N], leading tokens of each page that are kept elsewhere in 16 bits: left
             out of the scales along the tokens, coded 0.
@@ -94,7 +101,7 @@ def encode_pages(
         uint8 [N, page_bytes], every byte defined: alignment gaps are 0.
 
     Raises:
-        ValueError: wrong shape or dtype, or an element is NaN or infinite.
+        ValueError: wrong shape or dtype, or an element is NaN, infinite or too large.
     """
     expected = (PAGE_SIZE, layout.num_kv_heads, layout.head_dim)
     for name, rows in (("k", k), ("v", v)):
@@ -103,9 +110,9 @@ def encode_pages(
                 f"{name}: expected [N, {', '.join(map(str, expected))}] {layout.row_dtype}, "
                 f"got {list(rows.shape)} {rows.dtype}"
             )
-        if not torch.isfinite(rows).all():
+        if not (rows.abs() <= largest_magnitude(rows.dtype)).all():
             raise ValueError(
-                f"{name}: expected finite values, got NaN or infinity; "
+                f"{name}: expected finite values of at most 2**126, got NaN, infinity or more; "
                 f"pass rows through contain_non_finite first"
             )
     pages = torch.zeros((k.shape[0], layout.page_bytes), dtype=torch.uint8, device=k.device)

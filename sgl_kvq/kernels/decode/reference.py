@@ -1,7 +1,7 @@
 """Decode attention over code pages in plain torch. This file is the specification.
 
-All products run on codes in float32, which holds them exactly; nothing is dequantized to memory.
-For a query q and a page with per-channel (s, m): q . k_t = sum_c (q_c s_c) code_tc + sum_c q_c m_c;
+All products run on codes in float32 (float64 for a float64 q), which holds them exactly; nothing is
+dequantized to memory. For a query q and a page with per-channel (s, m): q . k_t = sum_c (q_c s_c) code_tc + sum_c q_c m_c;
 per-token groups move s and m outside the sum. "integer" arithmetic first quantizes the left factor
 to 8 bits, u ~ alpha a + mu, and takes mu times the cached code sums, as HACK does.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -99,8 +98,11 @@ def decode(
         out like q; lse float32 [batch, num_qo_heads], log base 2 as FlashInfer's.
     """
     batch, num_qo_heads, head_dim = q.shape
-    grouped = q.float().view(batch, layout.num_kv_heads, -1, head_dim) * sm_scale  # [B, H, G, D]
-    tail_k, tail_v = _tail_rows(cache, plan)  # [B, H, S + P, D]
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = (
+        q.to(compute_dtype).view(batch, layout.num_kv_heads, -1, head_dim) * sm_scale
+    )  # [B, H, G, D]
+    tail_k, tail_v = _tail_rows(cache, plan, compute_dtype)  # [B, H, S + P, D]
     tail_scores = grouped @ tail_k.transpose(-1, -2)
     tail_scores = tail_scores.masked_fill(~plan.tail_mask, -torch.inf)
     top = tail_scores.amax(-1)  # [B, H, G]
@@ -127,7 +129,8 @@ def decode(
         out = rotate(out, layout.rotation_order)
     out = (out + tail_weights @ tail_v) / total[..., None]
     lse = (top + total.log()) * LOG2_E
-    return out.view(batch, num_qo_heads, head_dim).to(q.dtype), lse.view(batch, num_qo_heads)
+    lse = lse.float().view(batch, num_qo_heads)
+    return out.view(batch, num_qo_heads, head_dim).to(q.dtype), lse
 
 
 def _chunks(rows: torch.Tensor, layout: PageLayout) -> list[slice]:
@@ -141,12 +144,14 @@ def _chunks(rows: torch.Tensor, layout: PageLayout) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
-def _tail_rows(cache: PagedCache, plan: DecodePlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather sink and open rows as float32 K and V, each [batch, H, sink_tokens + P, D]."""
+def _tail_rows(
+    cache: PagedCache, plan: DecodePlan, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather sink and open rows as K and V of `dtype`, each [batch, H, sink_tokens + P, D]."""
     rows = torch.cat([cache.sink_rows[plan.sink_slots], cache.open_rows[plan.open_slots]], dim=2)
     # A slot's unwritten rows may hold anything, and 0 * NaN is NaN.
     valid = plan.tail_mask.view(len(rows), 1, -1, 1, 1)
-    k, v = rows.masked_fill(~valid, 0).float().permute(1, 0, 3, 2, 4)
+    k, v = rows.masked_fill(~valid, 0).to(dtype).permute(1, 0, 3, 2, 4)
     return k, v
 
 
@@ -173,29 +178,29 @@ def page_scores(
     """Scores of a page's own query group against its 64 keys.
 
     Args:
-        q: float32 [N, H, G, D], scaled; unrotated.
+        q: float32 or float64 [N, H, G, D], scaled; unrotated.
         rows: uint8 [N, page_bytes].
         layout: Of the rows.
         integer: Quantize the left factor and use the cached sums.
 
     Returns:
-        float32 [N, H, G, PAGE_SIZE].
+        Like q, [N, H, G, PAGE_SIZE].
     """
     coding = layout.format.k
     codes = layout.view(rows, "k_codes")
     if coding.is_raw:
-        return q @ codes.float().transpose(-1, -2)
+        return q @ codes.to(q.dtype).transpose(-1, -2)
     if coding.rotated:
         q = rotate(q, layout.rotation_order)
-    scales = layout.view(rows, "k_scales").float()
-    mins = layout.view(rows, "k_mins").float()
+    scales = layout.view(rows, "k_scales").to(q.dtype)
+    mins = layout.view(rows, "k_mins").to(q.dtype)
     if coding.axis == "channel":
         left = q * scales.unsqueeze(2)
         offset = (q * mins.unsqueeze(2)).sum(-1, keepdim=True)
         if not integer:
             return _k_products(left, codes, coding, 1).squeeze(2) + offset
         left, mu = quantize_left(left.unflatten(-1, (-1, layout.partition)))
-        sums = layout.view(rows, "k_sums").float()  # [N, H, partitions, P]
+        sums = layout.view(rows, "k_sums").to(q.dtype)  # [N, H, partitions, P]
         products = _k_products(left.flatten(-2), codes, coding, 1).squeeze(2)
         return products + mu.squeeze(-1) @ sums + offset
     groups = scales.shape[2]
@@ -206,7 +211,7 @@ def page_scores(
     products = _k_products(left.transpose(2, 3).flatten(-2), codes, coding, groups)
     left_sums = left.sum(-1, keepdim=True)  # [N, H, groups, G, 1]
     if group_mu is not None:
-        products = products + group_mu * layout.view(rows, "k_sums").float().unsqueeze(3)
+        products = products + group_mu * layout.view(rows, "k_sums").to(q.dtype).unsqueeze(3)
         left_sums = left_sums + group_mu * left.shape[-1]
     return (products * scales.unsqueeze(3) + left_sums * mins.unsqueeze(3)).sum(2)
 
@@ -217,28 +222,33 @@ def _k_products(
     """Multiply left [N, H, G, D] with key codes [N, H, P, D*b/8], apart for each channel group.
 
     Returns:
-        float32 [N, H, groups, G, P].
+        Like left, [N, H, groups, G, P].
     """
     planes = coding.num_planes
     if groups > 1:
-        natural = unpack_planes(codes, planes, -1).float().unflatten(-1, (groups, -1))
+        natural = unpack_planes(codes, planes, -1).to(left.dtype).unflatten(-1, (groups, -1))
         return left.unflatten(-1, (groups, -1)).transpose(2, 3) @ natural.permute(0, 1, 3, 4, 2)
     # Codes stay at their bit position, 4^i (or 16^i) times too large; the left factor undoes it.
-    masked = _mask_planes(codes, coding)  # [N, H, planes, P, D/planes]
+    masked = _mask_planes(codes, coding, left.dtype)  # [N, H, planes, P, D/planes]
     left = left.unflatten(-1, (planes, -1)).permute(0, 1, 3, 4, 2)  # [N, H, planes, D/planes, G]
-    left = left * _undo_shift(coding, codes.device).view(-1, 1, 1)
+    left = left * _undo_shift(coding, left).view(-1, 1, 1)
     return (masked @ left).sum(2).transpose(-1, -2).unsqueeze(2)
 
 
-@lru_cache(maxsize=32)
-def _undo_shift(coding: Coding, device: torch.device) -> torch.Tensor:
-    """float32 [planes], what brings a masked field back to the size of its code."""
-    shifts = [-coding.num_bits * plane for plane in range(coding.num_planes)]
-    return torch.tensor([2.0**shift for shift in shifts], device=device)
+def _undo_shift(coding: Coding, like: torch.Tensor) -> torch.Tensor:
+    """[planes] of like's type, what brings a masked field back to the size of its code."""
+    return torch.logspace(
+        0,
+        -coding.num_bits * (coding.num_planes - 1),
+        coding.num_planes,
+        base=2.0,
+        dtype=like.dtype,
+        device=like.device,
+    )
 
 
-def _mask_planes(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
-    """Split bytes into their fields without shifting: uint8 [N, H, a, b] to float [N, H, n, a, b].
+def _mask_planes(codes: torch.Tensor, coding: Coding, dtype: torch.dtype) -> torch.Tensor:
+    """Split bytes into their fields without shifting: uint8 [N, H, a, b] to [N, H, n, a, b].
 
     One operator a field: a broadcast over fields leaves PyTorch's vectorized path on the CPU.
     """
@@ -247,7 +257,7 @@ def _mask_planes(codes: torch.Tensor, coding: Coding) -> torch.Tensor:
     for plane in range(coding.num_planes):
         mask = coding.max_code << (coding.num_bits * plane)
         torch.bitwise_and(codes, mask, out=fields[:, :, plane])
-    return fields.float()
+    return fields.to(dtype)
 
 
 def page_values(
@@ -256,21 +266,21 @@ def page_values(
     """Weighted sum of a page's 64 values, in the rotated basis if V is rotated.
 
     Args:
-        weights: float32 [N, H, G, PAGE_SIZE], 0 for tokens that are not read.
+        weights: float32 or float64 [N, H, G, PAGE_SIZE], 0 for tokens that are not read.
         rows: uint8 [N, page_bytes].
         layout: Of the rows.
         integer: Quantize the left factor and use the cached sums.
 
     Returns:
-        float32 [N, H, G, D].
+        Like weights, [N, H, G, D].
     """
     coding = layout.format.v
     codes = layout.view(rows, "v_codes")
     if coding.is_raw:
-        return weights @ codes.float()
-    scales = layout.view(rows, "v_scales").float()
-    mins = layout.view(rows, "v_mins").float()
-    sums = layout.view(rows, "v_sums").float() if integer else None  # [N, H, D]
+        return weights @ codes.to(weights.dtype)
+    scales = layout.view(rows, "v_scales").to(weights.dtype)
+    mins = layout.view(rows, "v_mins").to(weights.dtype)
+    sums = layout.view(rows, "v_sums").to(weights.dtype) if integer else None  # [N, H, D]
     if coding.axis == "token":
         left = weights.unsqueeze(2) * scales.unsqueeze(3)  # [N, H, groups, G, P]
         products = _v_products(left, codes, coding, sums)
@@ -293,14 +303,14 @@ def _v_products(
         sums: Code sums [N, H, D]: quantize the left factor and use them; None: do not.
 
     Returns:
-        float32 [N, H, groups, G, D / groups].
+        Like left, [N, H, groups, G, D / groups].
     """
     groups = left.shape[2]
     mu: torch.Tensor | None = None
     if sums is not None:
         left, mu = quantize_left(left)
-    masked = _mask_planes(codes, coding)  # [N, H, planes, D/planes, P]
-    undo = _undo_shift(coding, codes.device).repeat_interleave(codes.shape[2]).view(groups, 1, -1)
+    masked = _mask_planes(codes, coding, left.dtype)  # [N, H, planes, D/planes, P]
+    undo = _undo_shift(coding, left).repeat_interleave(codes.shape[2]).view(groups, 1, -1)
     by_group = masked.flatten(2, 3).unflatten(2, (groups, -1))  # [N, H, groups, D/groups, P]
     products = (left @ by_group.transpose(-1, -2)) * undo
     if sums is not None and mu is not None:

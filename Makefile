@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up on a bare machine and reuse it the second time.
+# Needs Python 3.11 or 3.12 with venv; PYTHON=... chooses one.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv; sys.exit(not (3,11) <= sys.version_info < (3,13))' \
+	&& echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .model/smollm2-135m
+DEMO_ARGS ?=
+
+.PHONY: install model demo test check bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: expected Python 3.11 or 3.12 with venv on PATH; install one or set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+model: $(MODEL)/model.safetensors
+
+$(MODEL)/model.safetensors: | install
+	mkdir -p $(dir $(MODEL))
+	$(BIN)/python scripts/fetch_model.py $(MODEL)
+
+demo: install model
+	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+
+test: install model
+	$(BIN)/python -m pytest
+
+check: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+bench: install model
+	$(BIN)/python -m benchmarks.bench_cpu_decode
+
+clean:
+	rm -rf $(VENV) .model out
