@@ -1,0 +1,80 @@
+"""Shared fixtures: the real small model, a tiny random one, real text, schedulers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Spinning OpenMP threads stall each other for milliseconds whenever another process runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """SmolLM2-135M-Instruct as a Hugging Face folder; made by `make model`."""
+    from scripts.fetch_model import fetch
+
+    return str(fetch(Path(os.environ.get("SGL_KVQ_MODEL", ROOT / ".model" / "smollm2-135m"))))
+
+
+@pytest.fixture(scope="session")
+def text_ids(model_path: str) -> list[int]:
+    """About 8,000 tokens of CPython's documentation."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    text = "".join(topics.values())[:34_000]
+    return AutoTokenizer.from_pretrained(model_path)(text)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer Llama with random weights and the real tokenizer, for load tests."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start_scheduler() -> Iterator[Callable[..., Any]]:
+    """Start SGLang's scheduler in this process; closed when the test ends."""
+    from scheduler_harness import SchedulerHarness
+
+    running: list[SchedulerHarness] = []
+
+    def start(model_path: str, **options: Any) -> SchedulerHarness:
+        while running:
+            running.pop().close()
+        running.append(SchedulerHarness(model_path, **options))
+        return running[-1]
+
+    yield start
+    while running:
+        running.pop().close()

@@ -1,0 +1,178 @@
+"""SGLang's real scheduler, model and pools inside this process, stepped by hand.
+
+The event loop body below is that of `Scheduler.event_loop_normal`; requests enter through
+`process_input_requests` and results are read from the finished `Req` objects. This shows pool
+internals that a server process hides, and starts in seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one request returned.
+
+    `output_ids`; `input_logprobs` of prompt tokens 1.. (None when not asked for);
+    `output_logprobs` of the sampled tokens; `top` the two best (logprob, id) of each output step;
+    `cached_tokens` of the prompt; `finish_reason` as SGLang names it.
+    """
+
+    output_ids: list[int]
+    input_logprobs: list[float] | None
+    output_logprobs: list[float]
+    top: list[list[tuple[float, int]]]
+    cached_tokens: int
+    finish_reason: str
+
+
+class SchedulerHarness:
+    """Start a scheduler with server options; `close` it before the next one starts."""
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang.srt import server_args as server_args_module
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.runtime_context import publish
+
+        server_args = server_args_module.ServerArgs(
+            model_path=str(model_path),
+            **{
+                "random_seed": 0,
+                "skip_server_warmup": True,
+                "disable_overlap_schedule": True,
+                "log_level": "warning",
+                **options,
+            },
+        )
+        publish(server_args, role="scheduler")
+        port_args = server_args_module.PortArgs.init_new(server_args)
+        self.scheduler = Scheduler(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        self._ids = itertools.count()
+        self._requests: dict[str, Any] = {}
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+
+    @property
+    def allocator(self) -> Any:
+        return self.scheduler.token_to_kv_pool_allocator
+
+    def submit(
+        self,
+        input_ids: list[int],
+        max_new_tokens: int,
+        input_logprobs: bool = False,
+        ignore_eos: bool = True,
+    ) -> str:
+        """Queue a greedy request; return its id."""
+        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        rid = f"request-{next(self._ids)}"
+        sampling = SamplingParams(
+            temperature=0.0, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos
+        )
+        sampling.normalize(None)
+        self.scheduler.process_input_requests(
+            [
+                TokenizedGenerateReqInput(
+                    rid=rid,
+                    input_text="",
+                    input_ids=array("q", input_ids),
+                    input_embeds=None,
+                    mm_inputs=None,
+                    token_type_ids=None,
+                    sampling_params=sampling,
+                    return_logprob=True,
+                    logprob_start_len=0 if input_logprobs else len(input_ids) - 1,
+                    top_logprobs_num=2,
+                    token_ids_logprob=None,
+                    stream=False,
+                )
+            ]
+        )
+        queued = [req for req in self.scheduler.waiting_queue if req.rid == rid]
+        if queued:
+            self._requests[rid] = queued[0]
+        return rid
+
+    def abort(self, rid: str) -> None:
+        """Abort a request wherever it is."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.scheduler.process_input_requests([AbortReq(rid=rid)])
+
+    def step(self) -> bool:
+        """Run one turn of the event loop; return whether a batch ran."""
+        scheduler = self.scheduler
+        plan = scheduler.get_next_batch_to_run(
+            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+        )
+        scheduler.running_batch = plan.running_batch
+        batch = plan.batch_to_run
+        scheduler.cur_batch_for_debug = batch
+        if batch:
+            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+        else:
+            scheduler.on_idle()
+        scheduler.last_batch = batch
+        return bool(batch)
+
+    def run(self, max_steps: int = 100_000) -> None:
+        """Step until nothing is queued or running, then twice more for the idle self-check."""
+        for _ in range(max_steps):
+            if not self.step() and not self.scheduler.waiting_queue:
+                self.step()
+                return
+        raise AssertionError(f"scheduler still busy after {max_steps} steps")
+
+    def result(self, rid: str) -> Result:
+        """Read a finished request."""
+        req = self._requests[rid]
+        assert req.finished(), f"{rid} is not finished"
+        logprob = getattr(req, "logprob", req)
+        values = getattr(logprob, "input_token_logprobs_val", None)
+        top = zip(logprob.output_top_logprobs_val, logprob.output_top_logprobs_idx, strict=True)
+        return Result(
+            output_ids=list(req.output_ids),
+            input_logprobs=None if values is None else [v for v in values if v is not None],
+            output_logprobs=list(logprob.output_token_logprobs_val),
+            top=[list(zip(values, ids, strict=True)) for values, ids in top],
+            cached_tokens=req.cached_tokens,
+            finish_reason=type(req.finished_reason).__name__,
+        )
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, input_logprobs: bool = False
+    ) -> list[Result]:
+        """Serve prompts as one batch of arrivals."""
+        rids = [self.submit(prompt, max_new_tokens, input_logprobs) for prompt in prompts]
+        self.run()
+        return [self.result(rid) for rid in rids]
+
+    def flush(self) -> None:
+        """Empty the radix cache."""
+        assert self.scheduler.flush_cache()
+
+    def close(self) -> None:
+        """Free the process groups, so that another scheduler can start here."""
+        from sglang.srt.distributed import parallel_state
+
+        with suppress(Exception):
+            self.scheduler.release_host_resources()
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
+        del self.scheduler
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,111 @@
+"""No page, slot or request is lost under a random load on a pool that is too small."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from compare import logprob_differences
+
+NUM_REQUESTS = 300
+PAGES_OF_POOL = 24
+
+
+@pytest.mark.parametrize("name", ["hack2", "bf16"])
+def test_random_load_ends_with_everything_free(
+    name: str,
+    tiny_model_path: str,
+    text_ids: list[int],
+    start_scheduler: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang.srt.managers import scheduler as scheduler_module
+
+    harness = start_scheduler(
+        tiny_model_path,
+        kv_quant=name,
+        kv_quant_memory_gb=0.05,
+        max_total_tokens=PAGES_OF_POOL * 64,
+        chunked_prefill_size=256,
+        max_running_requests=6,
+    )
+    pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
+    assert pool.plan.num_pages == PAGES_OF_POOL
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)
+    rng = random.Random(0)
+    alive: list[str] = []
+    lowest_free = pool.size
+    for number in range(NUM_REQUESTS):
+        family = rng.randrange(8) * 500
+        length = rng.choice([1, 5, 63, 64, 65, 100, 128, 200, 300, 450])
+        prompt = text_ids[family : family + rng.randrange(1, length + 1)]
+        prompt += rng.choices(range(100, 40_000), k=rng.choice([0, 0, 1, 7, 70]))
+        alive.append(harness.submit(prompt, rng.choice([1, 2, 20, 63, 64, 65, 150])))
+        if rng.random() < 0.2:
+            harness.abort(alive.pop(rng.randrange(len(alive))))
+        monkeypatch.setattr(scheduler_module, "TEST_RETRACT", number % 50 > 40)
+        for _ in range(rng.randrange(0, 12)):
+            harness.step()
+            lowest_free = min(lowest_free, allocator.available_size())
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT", False)
+    harness.run()  # ends with SGLang's own idle check, which raises on a leak
+
+    assert lowest_free < 2 * 64  # the pool really was full
+    assert allocator.available_size() + tree.evictable_size() == pool.size
+    assert tree.protected_size() == 0
+    assert pool.open_slots.num_used() == 0
+    roots = len(tree.root_node.children)
+    assert pool.sink_slots.num_used() == roots
+    assert len(harness.scheduler.req_to_token_pool.free_slots) == 6
+    harness.flush()
+    assert allocator.available_size() == pool.size
+    assert pool.sink_slots.num_used() == 0
+
+
+def test_more_first_pages_than_sink_slots_evict_old_sequences(
+    tiny_model_path: str, start_scheduler: Callable[..., Any]
+) -> None:
+    harness = start_scheduler(
+        tiny_model_path,
+        kv_quant="hack2",
+        kv_quant_memory_gb=0.05,
+        max_total_tokens=100 * 64,
+        max_running_requests=2,
+    )
+    slots = harness.pool.sink_slots.num_slots
+    assert slots < 10
+    for number in range(30):
+        prompt = [1000 + number] * 70
+        (result,) = harness.generate([prompt], 2)
+        assert result.cached_tokens == 0
+        assert harness.pool.sink_slots.num_used() <= slots
+    (again,) = harness.generate([[1000 + 29] * 70], 2)
+    assert again.cached_tokens == 64
+
+
+def test_two_requests_that_diverge_inside_a_page(
+    model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+) -> None:
+    """They share whole pages only; neither sees the other's rows."""
+    harness = start_scheduler(
+        model_path,
+        kv_quant="hack2",
+        kv_quant_memory_gb=0.06,
+        kv_quant_prefill="quantized",
+        max_running_requests=4,
+        dtype="float32",
+    )
+    harness.scheduler.tp_worker.model_runner.model.double()  # see test_invariance
+    prompts = [text_ids[:150] + text_ids[at : at + 20] for at in (1000, 2000)]
+    alone = []
+    for prompt in prompts:
+        harness.flush()
+        alone += harness.generate([prompt], 50)
+    harness.flush()
+    together = harness.generate(prompts, 50)
+    swapped = harness.generate(prompts[::-1], 50)[::-1]
+    assert swapped[0].cached_tokens == 128
+    for results in (together, swapped):
+        assert logprob_differences(results, alone, 1e-4).max() < 1e-4

@@ -1,0 +1,115 @@
+"""Served logprobs equal an independent transformers forward with fake-quantized KV.
+
+Rounding decides codes, and a code that rounds the other way moves what every later layer rounds:
+two correct float32 programs drift apart by as much as rounding itself costs. So every format is
+compared sharply on the first three layers of the real model, where that has not happened yet, and
+the whole model is compared against how far the oracle drifts from itself (float32 to float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import oracle_logprobs
+
+from sgl_kvq.formats.registry import format_names
+
+PROMPT, DECODED = 2150, 70
+INTEGER_FORMATS = ["hack2", "hack4", "hack2-v1"]
+
+
+@pytest.fixture(scope="module")
+def short_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real model's embeddings, first three layers and output head."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("three-layers")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)
+
+
+def serve(
+    start: Callable[..., Any],
+    model_path: str,
+    name: str,
+    prompt: list[int],
+    decoded: int,
+    **more: Any,
+) -> tuple[Any, list[int]]:
+    """One request; returns its result and the whole sequence."""
+    harness = start(
+        model_path,
+        kv_quant=name,
+        kv_quant_memory_gb=0.12,
+        chunked_prefill_size=1024,
+        max_running_requests=2,
+        dtype="float32",
+        **more,
+    )
+    (result,) = harness.generate([prompt], decoded, input_logprobs=True)
+    return result, prompt + result.output_ids
+
+
+def difference(logprobs: list[float], oracle: torch.Tensor) -> torch.Tensor:
+    return (torch.tensor(logprobs) - oracle).abs()
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_prefill_and_decode_past_2000_tokens(
+    name: str, short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+) -> None:
+    """Input logprobs check extend, output logprobs check decode, both over closed pages."""
+    prompt = text_ids[:PROMPT]
+    result, sequence = serve(
+        start_scheduler, short_model_path, name, prompt, DECODED, kv_quant_prefill="quantized"
+    )
+    oracle = oracle_logprobs(short_model_path, sequence, name).logprobs
+    for found in (
+        difference(result.input_logprobs, oracle[: PROMPT - 1]),
+        difference(result.output_logprobs, oracle[PROMPT - 1 :]),
+    ):
+        assert found.mean() < 3e-3
+        assert found.quantile(0.99) < 0.05
+    # The oracle can tell formats apart: another one is an order of magnitude further away.
+    other = "hack2" if name != "hack2" else "hack4"
+    wrong = oracle_logprobs(short_model_path, sequence, other).logprobs
+    assert difference(result.input_logprobs, wrong[: PROMPT - 1]).mean() > 0.01
+
+
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
+def test_integer_decode_in_exact_mode(
+    name: str, short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+) -> None:
+    """A prompt of one page, so that decode alone reads codes: with 8-bit queries, as HACK does."""
+    result, sequence = serve(start_scheduler, short_model_path, name, text_ids[:60], 300)
+    oracle = oracle_logprobs(short_model_path, sequence, name).logprobs
+    found = difference(result.output_logprobs, oracle[59:])
+    assert found.mean() < 0.03  # 8-bit left factors; 2-bit codes themselves cost ten times that
+    assert found.mean() > 1e-6  # and they really are in use
+
+
+@pytest.mark.parametrize("name", ["hack2", "hack4"])
+def test_the_whole_model_drifts_no_further_than_the_oracle_itself(
+    name: str, model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+) -> None:
+    prompt = text_ids[:PROMPT]
+    result, sequence = serve(
+        start_scheduler, model_path, name, prompt, 4, kv_quant_prefill="quantized"
+    )
+    single = oracle_logprobs(model_path, sequence, name).logprobs[: PROMPT - 1]
+    double = oracle_logprobs(model_path, sequence, name, dtype=torch.float64).logprobs
+    drift = (single - double[: PROMPT - 1]).abs().mean()
+    found = difference(result.input_logprobs, single)
+    assert found.mean() < 1.5 * drift
+    # Drift has no direction: the mean logprob, which is the perplexity, stays.
+    shift = (torch.tensor(result.input_logprobs) - single).mean().abs()
+    assert shift < 5 * found.std() / len(found) ** 0.5
+    # Before the first code is read the two agree; page 0 is 16 bits for everybody.
+    assert difference(result.input_logprobs[:60], single[:60]).mean() < 0.01
