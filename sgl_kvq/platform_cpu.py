@@ -18,4 +18,8 @@ def activate() -> str | None:
         return None
     if torch.accelerator.is_available():
         return None
+    # Threads of PyTorch's operators spin while they wait for each other. A server's other processes
+    # want the same cores, and then spinning makes it about ten times slower (2-core Xeon). The
+    # scheduler process inherits this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return "sgl_kvq.cpu_engine:CpuEnginePlatform"

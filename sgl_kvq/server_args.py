@@ -72,6 +72,7 @@ class KvqServerArgs(ServerArgs):
         check_model_files(self.model_path)
         self.page_size = PAGE_SIZE
         self.attention_backend = BACKEND
+        self.disable_cuda_graph = True  # the PyTorch kernels wait for the device
         try:
             super().__post_init__()
         except OSError as error:

@@ -29,6 +29,8 @@ _OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_streaming_session", (False,), "drop the option"),
     ("enable_mis", (False,), "drop the option"),
     ("dllm_algorithm", (None,), "drop the option"),
+    ("cuda_graph_backend_decode", (None, "disabled"), "drop the option: no GPU kernels yet"),
+    ("cuda_graph_backend_prefill", (None, "disabled"), "drop the option: no GPU kernels yet"),
     ("dcp_size", (1,), "use --tp-size instead"),
     ("attn_cp_size", (1,), "use --tp-size instead"),
     ("pp_size", (1,), "use --tp-size instead"),

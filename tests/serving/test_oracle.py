@@ -41,6 +41,7 @@ def serve(
     name: str,
     prompt: list[int],
     decoded: int,
+    arithmetic: str = "dequantize",
     **more: Any,
 ) -> tuple[Any, list[int]]:
     """One request; returns its result and the whole sequence."""
@@ -53,6 +54,7 @@ def serve(
         dtype="float32",
         **more,
     )
+    harness.scheduler.tp_worker.model_runner.attn_backend.arithmetic = arithmetic
     (result,) = harness.generate([prompt], decoded, input_logprobs=True)
     return result, prompt + result.output_ids
 
@@ -88,7 +90,9 @@ def test_integer_decode_in_exact_mode(
     name: str, short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
 ) -> None:
     """A prompt of one page, so that decode alone reads codes: with 8-bit queries, as HACK does."""
-    result, sequence = serve(start_scheduler, short_model_path, name, text_ids[:60], 300)
+    result, sequence = serve(
+        start_scheduler, short_model_path, name, text_ids[:60], 300, arithmetic="integer"
+    )
     oracle = oracle_logprobs(short_model_path, sequence, name).logprobs
     found = difference(result.output_logprobs, oracle[59:])
     assert found.mean() < 0.03  # 8-bit left factors; 2-bit codes themselves cost ten times that

@@ -1,0 +1,212 @@
+"""Real `sglang.launch_server` processes for the benchmarks: start, wait, inspect, stop."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+POLL_INTERVAL_S = 0.5
+STOP_TIMEOUT_S = 15.0
+LOG_TAIL_LINES = 8
+PR_SET_PDEATHSIG = 1
+SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""Defaults for every server, stock or not. By default the threads of PyTorch's CPU operators
+spin while they wait for each other. Measured on a 2-core Xeon with another busy process: a
+prefill took 41 s with spinning and 4 s without; on the idle machine both took about the same."""
+
+
+class ServerError(RuntimeError):
+    """A server did not start, died, or did not answer; the message ends with its log's tail."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running SGLang server.
+
+    Attributes:
+        url: Base address without a trailing slash.
+        process: The launcher; its process group holds every worker.
+        log_path: File that receives the standard output and error of the group.
+        start_s: Seconds from launch to the first healthy answer.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    start_s: float
+
+    def info(self) -> dict[str, Any]:
+        """Return what the server says about itself (`/server_info`)."""
+        response = requests.get(f"{self.url}/server_info", timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    def capacity_tokens(self) -> int:
+        """Return how many tokens the server's KV pool holds."""
+        return int(self.info()["max_total_num_tokens"])
+
+    def flush_cache(self) -> None:
+        """Empty the radix cache; the server must be idle."""
+        requests.post(f"{self.url}/flush_cache", timeout=30).raise_for_status()
+
+    def pause(self) -> None:
+        """Stop all processes of the server: an idle scheduler would keep polling on a core."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def generate(self, payload: dict[str, Any], timeout_s: float = 600) -> Any:
+        """Post `payload` to the native `/generate` endpoint and return the decoded answer."""
+        response = requests.post(f"{self.url}/generate", json=payload, timeout=timeout_s)
+        response.raise_for_status()
+        return response.json()
+
+
+def hardware_name() -> str:
+    """Return the name of the accelerator SGLang will use, or of the CPU when there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name with the number of usable cores."""
+    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def git_commit() -> str:
+    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def log_tail(path: Path, lines: int = LOG_TAIL_LINES) -> str:
+    """Return the last `lines` lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends.
+
+    SGLang's workers ask for the same, so a killed benchmark leaves no server behind.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def launch_server(
+    model: Path | str,
+    extra_args: Sequence[str],
+    log_path: Path,
+    timeout_s: float = 240,
+    on_wait: Callable[[float], None] | None = None,
+) -> Iterator[Server]:
+    """Start `python -m sglang.launch_server` and stop its whole process group at exit.
+
+    Args:
+        model: Local Hugging Face folder.
+        extra_args: Further arguments; host, port and model path are given here.
+        log_path: File for the server's output; overwritten.
+        timeout_s: Deadline for the first healthy answer.
+        on_wait: Called with the seconds waited, about twice a second, until the server answers.
+
+    Yields:
+        The server, after it generated its first token.
+
+    Raises:
+        ServerError: The process ended or the deadline passed before the server was healthy, or
+            a request failed in the block.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *extra_args]
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=SERVER_ENVIRONMENT | os.environ,
+            preexec_fn=_die_with_parent,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        start_s = _wait_until_healthy(process, url, log_path, timeout_s, on_wait)
+        try:
+            yield Server(url, process, log_path, start_s)
+        except (requests.RequestException, ServerError) as error:
+            raise ServerError(f"{error}; end of {log_path}:\n{log_tail(log_path)}") from error
+    finally:
+        _stop_group(process)
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log_path: Path,
+    timeout_s: float,
+    on_wait: Callable[[float], None] | None,
+) -> float:
+    """Return the seconds until `/health_generate` answered, or raise `ServerError`."""
+    begin = time.monotonic()
+    while (waited := time.monotonic() - begin) < timeout_s:
+        if process.poll() is not None:
+            raise ServerError(
+                f"server exited with code {process.returncode} while starting; "
+                f"end of {log_path}:\n{log_tail(log_path)}"
+            )
+        if on_wait is not None:
+            on_wait(waited)
+        if _is_healthy(url):
+            return time.monotonic() - begin
+        time.sleep(POLL_INTERVAL_S)
+    raise ServerError(
+        f"server not healthy after {timeout_s:.0f} s; end of {log_path}:\n{log_tail(log_path)}"
+    )
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health_generate", timeout=30).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process group: SGLang's graceful end takes 10 s and a benchmark keeps no state."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
