@@ -23,10 +23,6 @@ POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 15.0
 LOG_TAIL_LINES = 8
 PR_SET_PDEATHSIG = 1
-SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-"""Defaults for every server, stock or not. By default the threads of PyTorch's CPU operators
-spin while they wait for each other. Measured on a 2-core Xeon with another busy process: a
-prefill took 41 s with spinning and 4 s without; on the idle machine both took about the same."""
 
 
 class ServerError(RuntimeError):
@@ -152,7 +148,6 @@ def launch_server(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=SERVER_ENVIRONMENT | os.environ,
             preexec_fn=_die_with_parent,
         )
     url = f"http://127.0.0.1:{port}"
