@@ -25,7 +25,6 @@ _NAMES = {
     "NS": "sglang.srt.arg_groups.arg_utils:NS",
     "ServerArgs": "sglang.srt.server_args:ServerArgs",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
-    "ATTENTION_BACKEND_CHOICES": "sglang.srt.server_args:ATTENTION_BACKEND_CHOICES",
     "get_schedule": "sglang.srt.runtime_context:get_schedule",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_exec": "sglang.srt.runtime_context:get_exec",
@@ -35,7 +34,6 @@ _NAMES = {
     "mambaish_config": "sglang.srt.configs.hybrid_arch:mambaish_config",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",
-    "CudaGraphBackend": "sglang.srt.model_executor.cuda_graph_config:Backend",
     # attention
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "ATTENTION_BACKENDS": "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS",
