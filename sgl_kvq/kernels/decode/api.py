@@ -1,0 +1,123 @@
+"""Decode attention over a quantized cache: the operation that callers use on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.kernels._page_spec import page_spec
+from sgl_kvq.kernels._rotation import rotate_rows
+from sgl_kvq.kernels.decode.configs import decode_config, num_multiprocessors
+from sgl_kvq.kernels.decode.kernel import (
+    _decode_fwd_kernel,
+    _decode_merge_kernel,
+    tail_units,
+)
+from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+
+LOG2_E = math.log2(math.e)
+
+
+class DecodeWorkspace:
+    """Partial results of one decode call, reused by every layer (calls on one stream only).
+
+    Args:
+        max_batch: Largest batch.
+        num_qo_heads: Query heads.
+        layout: Of the pages.
+        device: A GPU, or "cpu" under Triton's interpreter.
+        num_programs: Pieces the work is cut into; None: what fills the device.
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        num_qo_heads: int,
+        layout: PageLayout,
+        device: torch.device | str,
+        num_programs: int | None = None,
+    ) -> None:
+        device = torch.device(device)
+        spec = page_spec(layout)
+        self.gqa_group = num_qo_heads // layout.num_kv_heads
+        if num_qo_heads % layout.num_kv_heads or not 1 <= self.gqa_group <= 16:
+            raise ValueError(
+                f"num_qo_heads: expected 1 to 16 times the {layout.num_kv_heads} KV heads, "
+                f"got {num_qo_heads}"
+            )
+        self.max_batch = max_batch
+        self.padded_heads = 8 if self.gqa_group <= 8 else 16
+        self.config = decode_config(spec, self.padded_heads)
+        self.num_programs = (
+            num_programs or num_multiprocessors(device) * self.config.programs_per_sm
+        )
+        slots = self.num_programs + max_batch * layout.num_kv_heads
+        out_shape = (slots, self.gqa_group, layout.head_dim)
+        self.out = torch.empty(out_shape, dtype=torch.float32, device=device)
+        self.stats = torch.empty((slots, 2, self.gqa_group), dtype=torch.float32, device=device)
+
+
+def decode(
+    q: torch.Tensor,
+    cache: PagedCache,
+    table: PageTable,
+    layout: PageLayout,
+    sm_scale: float,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query a request over its whole cached sequence.
+
+    Scores and values are computed from the codes in the registers of the tensor cores. Nothing
+    waits for the device and nothing is allocated when `out` and `lse` are given, so the call can be
+    captured in a CUDA graph; a replay reads the page table anew.
+
+    Args:
+        q: [batch, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, last dim contiguous.
+        cache: The layer's storage; the newest row is already in its open slot.
+        table: Pages of each request, at least one.
+        layout: Of the pages.
+        sm_scale: Factor on the scores.
+        workspace: For at least this batch.
+        out: Like q, contiguous, written; None: a new one.
+        lse: float32 [batch, num_qo_heads], written; None: a new one.
+
+    Returns:
+        (out, lse), lse in log base 2 as FlashInfer's.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+
+    Source: split-KV as in Flash-Decoding; scaling the query by the key scales as in KIVI and HACK.
+    """
+    batch, num_qo_heads, head_dim = q.shape
+    if batch > workspace.max_batch or q.dtype != layout.row_dtype or q.stride(2) != 1:
+        raise ValueError(
+            f"q: expected at most {workspace.max_batch} rows of {layout.row_dtype} with "
+            f"contiguous channels, got {batch} of {q.dtype} with stride {q.stride(2)}"
+        )
+    spec = page_spec(layout)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if lse is None:
+        lse = torch.empty((batch, num_qo_heads), dtype=torch.float32, device=q.device)
+    q_codes = rotate_rows(q, spec.k.rotation) if spec.k.rotation > 1 else q
+    gqa = workspace.gqa_group
+    _decode_fwd_kernel[(workspace.num_programs,)](
+        q, q_codes, q.stride(0), q.stride(1), q_codes.stride(0), q_codes.stride(1),
+        cache.pages, cache.open_rows, cache.sink_rows,
+        table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
+        table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
+        SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
+        STAGES=workspace.config.num_stages, SPEC=spec,
+        num_warps=1, maxnreg=workspace.config.max_registers,
+    )  # fmt: skip
+    _decode_merge_kernel[(batch, num_qo_heads)](
+        workspace.out, workspace.stats, table.kv_indptr, out, lse, batch, workspace.num_programs,
+        GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads,
+        TAIL=tail_units(cache.sink_tokens), BLOCK_D=1 << (head_dim - 1).bit_length(),
+        BLOCK_S=32, num_warps=4,
+    )  # fmt: skip
+    return out, lse
