@@ -34,11 +34,11 @@ from typing import Any
 import requests
 from tabulate import tabulate
 
+from benchmarks.revision import git_commit
 from benchmarks.servers import (
     Server,
     ServerError,
     cpu_name,
-    git_commit,
     launch_server,
 )
 from scripts.fetch_model import DEFAULT_FOLDER, fetch

@@ -87,13 +87,6 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def git_commit() -> str:
-    """Return the short hash of the checked-out commit, or "unknown" outside a repository."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
-
-
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as sock:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sgl_kvq.attention.cpu_threads import SMALL_STEP, one_thread_if
 from sgl_kvq.attention.metadata import (
     DecodeMetadata,
     ExtendMetadata,
@@ -86,8 +87,10 @@ class KvqAttnBackend(AttentionBackend):
         metadata = self.forward_metadata
         assert isinstance(metadata, DecodeMetadata)
         cache = self.pool.layer(layer.layer_id)
-        self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
-        out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, self.arithmetic)
+        rows = len(metadata.plan.pages) * self.layout.num_kv_heads * self.layout.head_dim
+        with one_thread_if(self.pool.device == "cpu" and rows <= SMALL_STEP):
+            self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
+            out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, self.arithmetic)
         return out.flatten(1)
 
     def forward_extend(

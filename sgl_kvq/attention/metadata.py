@@ -77,8 +77,9 @@ def decode_metadata(
         first=first,
         sink_slots=sink_slots[closes][first],
     )
+    k_rows = open_slots.long() * 2 * PAGE_SIZE + offsets
     return DecodeMetadata(
-        append=DecodeAppend(open_slots, offsets, closing),
+        append=DecodeAppend(k_rows, k_rows + PAGE_SIZE, closing),
         plan=plan_decode(table, pool.plan.sink_tokens),
     )
 

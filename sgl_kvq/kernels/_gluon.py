@@ -30,31 +30,41 @@ INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class _InterpretedBuffer:
-    """Shared memory without layouts: a list over the first dimension."""
+    """Shared memory without layouts: [stages, rows, columns], or a view of one of its stages."""
 
-    def __init__(self, parts: dict[int, Any] | None = None) -> None:
-        self.parts = {} if parts is None else parts
+    def __init__(self, shape: Any, whole: _InterpretedBuffer | None = None) -> None:
+        self.shape = [int(size) for size in shape]
+        self.whole = whole
+        self.parts: dict[int, _InterpretedBuffer] = {}
         self.value: Any = None
 
     def index(self, index: Any) -> _InterpretedBuffer:
         position = int(index if isinstance(index, int) else index.handle.data.item())
-        return self.parts.setdefault(position, _InterpretedBuffer())
+        return self.parts.setdefault(position, _InterpretedBuffer(self.shape[1:]))
 
     def slice(self, start: int, length: int, dim: int = 0) -> _InterpretedBuffer:
-        part = _InterpretedBuffer()
-        columns = int(self.value.shape[1])
-        rows = tl.arange(0, int(self.value.shape[0]))[:, None] == start
+        part = _InterpretedBuffer([length, self.shape[1]])
+        rows = tl.arange(0, self.shape[0])[:, None] == start
         picked = tl.sum(tl.where(rows, self.value.to(tl.float32), 0.0), axis=0)
-        part.value = tl.reshape(picked.to(self.value.dtype), [length, columns])
+        part.value = tl.reshape(picked.to(self.value.dtype), part.shape)
         return part
+
+    def reshape(self, shape: Any) -> _InterpretedBuffer:
+        return _InterpretedBuffer(shape, self)
 
     def load(self, layout: Any) -> Any:
         return self.value
 
+    def store(self, value: Any) -> None:
+        if self.whole is None:
+            self.value = value
+        else:
+            self.whole.store(tl.reshape(value, self.whole.shape))
+
 
 def _interpreted_async_copy() -> SimpleNamespace:
-    def copy(buffer: _InterpretedBuffer, pointer: Any, mask: Any = None) -> None:
-        buffer.value = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0)
+    def copy(buffer: _InterpretedBuffer, pointer: Any, mask: Any) -> None:
+        buffer.store(tl.load(pointer, mask=mask, other=0))
 
     return SimpleNamespace(
         async_copy_global_to_shared=copy,
@@ -88,7 +98,7 @@ def _interpreted_language() -> SimpleNamespace:
         setattr(namespace, name, getattr(tl, name))
     for name in _LAYOUTS:
         setattr(namespace, name, getattr(gluon_language, name))
-    namespace.allocate_shared_memory = lambda dtype, shape, layout: _InterpretedBuffer()
+    namespace.allocate_shared_memory = lambda dtype, shape, layout: _InterpretedBuffer(shape)
     namespace.thread_barrier = lambda: None
     namespace.pointer_type = tl.pointer_type
     namespace.arange, namespace.full, namespace.zeros = arange, full, zeros

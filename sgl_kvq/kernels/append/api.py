@@ -79,5 +79,5 @@ def append(
         cache.pages, cache.open_rows, cache.open_rows if prior_rows is None else prior_rows,
         cache.sink_rows, num_contained,
         SINKS=cache.sink_tokens, KEEP=keep, SPEC=page_spec(layout),
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -103,7 +103,8 @@ def _close(
         tl.store(meta_ptr + CODING.mins // 2 + channel, mins.to(tl.bfloat16), mask=valid)
         codes = _codes(x, scales[None, :], mins[None, :], MAX_CODE, CODING.half_up)
     else:
-        codes = tl.zeros(x.shape, tl.int32)
+        element_scales = tl.full(x.shape, 1.0, tl.float32)
+        element_mins = tl.zeros(x.shape, tl.float32)
         for group in tl.static_range(groups_of(CODING, D)):
             inside = (valid & (channel // CODING.group_channels == group))[None, :]
             low = tl.min(tl.where(inside, x, float("inf")), axis=1)
@@ -111,8 +112,9 @@ def _close(
             scales, mins = _quantize(low, high, MAX_CODE)  # [64]
             tl.store(meta_ptr + CODING.scales // 2 + group * PAGE + tokens, scales.to(tl.bfloat16))
             tl.store(meta_ptr + CODING.mins // 2 + group * PAGE + tokens, mins.to(tl.bfloat16))
-            part = _codes(x, scales[:, None], mins[:, None], MAX_CODE, CODING.half_up)
-            codes = tl.where(inside, part, codes)
+            element_scales = tl.where(inside, scales[:, None], element_scales)
+            element_mins = tl.where(inside, mins[:, None], element_mins)
+        codes = _codes(x, element_scales, element_mins, MAX_CODE, CODING.half_up)
     codes = tl.where(is_sink[:, None] | (valid == 0)[None, :], 0, codes)
 
     byte = tl.arange(0, PADDED)
@@ -211,17 +213,19 @@ def _append_fwd_kernel(
     end = tl.load(end_ptr + touched)
     start = tl.load(start_ptr + touched)
     is_first_page = tl.load(is_first_ptr + touched) != 0
+    K: tl.constexpr = SPEC.k
+    V: tl.constexpr = SPEC.v
     if tl.program_id(2) == 0:
         _append_tensor(
             k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_slot, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
-            SINKS, KEEP, SPEC.k, SPEC.k_sums_are_bytes, SPEC,
+            SINKS, KEEP, K, SPEC.k_sums_are_bytes, SPEC,
         )  # fmt: skip
     else:
         _append_tensor(
             v_ptr, stride_vt, stride_vh, 1, head, page, slot, sink_slot, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
-            SINKS, KEEP, SPEC.v, SPEC.v_sums_are_bytes, SPEC,
+            SINKS, KEEP, V, SPEC.v_sums_are_bytes, SPEC,
         )  # fmt: skip

@@ -33,13 +33,13 @@ class DecodeAppend:
     """One fresh row a request.
 
     Args:
-        open_slots: int64 [batch].
-        offsets: int64 [batch], row inside the page.
+        k_rows: int64 [batch], rows of `open_rows`, counted over slots, that take K.
+        v_rows: int64 [batch], likewise V.
         closing: Pages that this row fills.
     """
 
-    open_slots: torch.Tensor
-    offsets: torch.Tensor
+    k_rows: torch.Tensor
+    v_rows: torch.Tensor
     closing: ClosingPages
 
 
@@ -83,8 +83,9 @@ def append_decode(
     Returns:
         int64 scalar, non-finite elements that were replaced in closed pages.
     """
-    cache.open_rows[plan.open_slots, 0, plan.offsets] = k.to(layout.row_dtype)
-    cache.open_rows[plan.open_slots, 1, plan.offsets] = v.to(layout.row_dtype)
+    rows = cache.open_rows.view(-1, layout.num_kv_heads, layout.head_dim)
+    rows.index_copy_(0, plan.k_rows, k.to(layout.row_dtype))
+    rows.index_copy_(0, plan.v_rows, v.to(layout.row_dtype))
     return _close_pages(cache, layout, cache.open_rows, plan.closing)
 
 

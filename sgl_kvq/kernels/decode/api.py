@@ -9,7 +9,7 @@ import torch
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels._rotation import rotate_rows
-from sgl_kvq.kernels.decode.configs import decode_config, num_multiprocessors
+from sgl_kvq.kernels.decode.configs import decode_config
 from sgl_kvq.kernels.decode.kernel import (
     _decode_fwd_kernel,
     _decode_merge_kernel,
@@ -18,6 +18,7 @@ from sgl_kvq.kernels.decode.kernel import (
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
 LOG2_E = math.log2(math.e)
+MAX_REGISTERS = 248  # two warps a scheduler
 
 
 class DecodeWorkspace:
@@ -40,7 +41,6 @@ class DecodeWorkspace:
         num_programs: int | None = None,
     ) -> None:
         device = torch.device(device)
-        spec = page_spec(layout)
         self.gqa_group = num_qo_heads // layout.num_kv_heads
         if num_qo_heads % layout.num_kv_heads or not 1 <= self.gqa_group <= 16:
             raise ValueError(
@@ -49,10 +49,10 @@ class DecodeWorkspace:
             )
         self.max_batch = max_batch
         self.padded_heads = 8 if self.gqa_group <= 8 else 16
-        self.config = decode_config(spec, self.padded_heads)
-        self.num_programs = (
-            num_programs or num_multiprocessors(device) * self.config.programs_per_sm
-        )
+        config = decode_config(page_spec(layout), device)
+        self.num_stages = config.num_stages
+        self.use_pdl = config.use_pdl
+        self.num_programs = num_programs or config.num_programs
         slots = self.num_programs + max_batch * layout.num_kv_heads
         out_shape = (slots, self.gqa_group, layout.head_dim)
         self.out = torch.empty(out_shape, dtype=torch.float32, device=device)
@@ -111,13 +111,13 @@ def decode(
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
         table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
         SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
-        STAGES=workspace.config.num_stages, SPEC=spec,
-        num_warps=1, maxnreg=workspace.config.max_registers,
+        STAGES=workspace.num_stages, PDL=workspace.use_pdl, SPEC=spec,
+        num_warps=1, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     _decode_merge_kernel[(batch, num_qo_heads)](
         workspace.out, workspace.stats, table.kv_indptr, out, lse, batch, workspace.num_programs,
         GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads,
         TAIL=tail_units(cache.sink_tokens), BLOCK_D=1 << (head_dim - 1).bit_length(),
-        BLOCK_S=32, num_warps=4,
+        BLOCK_S=32, PDL=workspace.use_pdl, num_warps=4, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
     return out, lse

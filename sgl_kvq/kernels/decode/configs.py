@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from sgl_kvq.kernels._page_spec import PageSpec
+
+_RESERVED_BYTES = 1024  # shared memory the driver keeps for each block
 
 
 @dataclass(frozen=True)
@@ -15,24 +16,33 @@ class DecodeConfig:
     """How the kernel is launched.
 
     Args:
-        programs_per_sm: One-warp programs for each multiprocessor.
-        max_registers: Upper limit of registers a thread, None for the compiler's choice.
-        num_stages: Pages in shared memory, the one worked on and those that are on their way.
+        num_programs: One-warp programs; all of them run at once.
+        num_stages: Pages in shared memory, the one worked on and those on their way.
+        use_pdl: Launch the merge early (programmatic dependent launch, compute capability 9).
     """
 
-    programs_per_sm: int
-    max_registers: int | None = None
-    num_stages: int = 2
+    num_programs: int
+    num_stages: int
+    use_pdl: bool
 
 
-def decode_config(spec: PageSpec, heads: int) -> DecodeConfig:
-    """Configuration for a page and the padded query heads of a KV head (8 or 16)."""
-    return DecodeConfig(programs_per_sm=8)
+def decode_config(spec: PageSpec, device: torch.device) -> DecodeConfig:
+    """Configuration for a page.
 
-
-@lru_cache(maxsize=8)
-def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
+    Two warps a scheduler with up to 248 registers each beat three with 168 and four with 128 for
+    every format and shape; a third stage gains nothing (H100, 2026-11-22, `docs/performance.md`).
+    All programs run at once: a multiple of four for each multiprocessor, which has four schedulers.
+    """
+    num_stages = 2
     if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return DecodeConfig(num_programs=4, num_stages=num_stages, use_pdl=False)
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = num_stages * spec.head_bytes + _RESERVED_BYTES
+    fitting = min(8, int(properties.shared_memory_per_multiprocessor // shared_bytes))
+    if fitting > 4:
+        fitting = fitting // 4 * 4
+    return DecodeConfig(
+        num_programs=properties.multi_processor_count * max(1, fitting),
+        num_stages=num_stages,
+        use_pdl=properties.major >= 9,
+    )

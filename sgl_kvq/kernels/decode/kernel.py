@@ -6,8 +6,9 @@ are the tensor core's big left operand and the query heads of a KV head its 8 (o
 
 Work is cut into units of one head: a closed page, 16 rows of the open page, or the sink rows. All
 units of a batch lie on one line, request by request and head by head, and each program takes an
-equal piece of it, so that one long request and many ragged ones fill the GPU alike. A program leaves
-one partial result for each (request, head) its piece touches, in slot
+equal piece of it, so that one long request and many ragged ones fill the GPU alike.
+
+A program leaves one partial result for each (request, head) its piece touches, in slot
 `program + request * num_kv_heads + head`: along the line one of the two grows at each new partial,
 so slots never collide.
 """
@@ -45,9 +46,11 @@ from sgl_kvq.kernels.decode.operands import (
 )
 from sgl_kvq.kernels.decode.pages import (
     attend_pages,
+    start_pages,
 )
 from sgl_kvq.kernels.decode.rows import (
     attend_rows,
+    prefetch_rows,
 )
 
 CHUNK: tl.constexpr = tl.constexpr(16)  # 16-bit rows of one unit
@@ -56,8 +59,8 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 @constexpr_function
 def tail_units(sink_tokens: int) -> int:
-    """Units of a request's 16-bit rows."""
-    return 64 // 16 + (1 if sink_tokens else 0)
+    """Units of a request's 16-bit rows, and 4 for what starting on another head costs."""
+    return 64 // 16 + (1 if sink_tokens else 0) + 4
 
 
 def _first_unit(pages, request, TAIL: tl.constexpr, KV_HEADS: tl.constexpr):
@@ -108,9 +111,22 @@ def attend_segment(
 ):  # fmt: skip
     """One program's share of one (request, KV head)."""
     COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
+    page_ptr = pages_ptr + head * SPEC.head_bytes
+    indices_ptr = kv_indices_ptr + first_page_index
+    end_page = gl.minimum(end_unit, num_closed)
+    if not SPEC.k.is_raw:
+        # On their way while the queries are prepared.
+        here, coming = start_pages(
+            first_unit, end_page, indices_ptr, page_ptr, buffers, STAGES, SPEC
+        )
     q_ptr += request.to(gl.int64) * stride_q_b + head * GQA * stride_q_h
     q_codes_ptr += request.to(gl.int64) * stride_qc_b + head * GQA * stride_qc_h
     q_rows = row_queries(q_ptr, stride_q_h, HEADS, GQA, SPEC)
+    ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
+    open_ptr = open_rows_ptr + open_slot.to(gl.int64) * (2 * PAGE * ROW) + head * SPEC.head_dim
+    sink_ptr = sink_rows_ptr + sink_slot.to(gl.int64) * (2 * SINKS * ROW) + head * SPEC.head_dim
+    if end_unit > num_closed:
+        prefetch_rows(open_ptr, last_page_len, SPEC)
     m_run = gl.full([HEADS], LOWEST, gl.float32, COLS)
     lane_sum = gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS))
     offsets = ()
@@ -120,11 +136,9 @@ def attend_segment(
     acc = ()
     for _ in tl.static_range(num_planes(SPEC.v)):
         acc = acc + (gl.zeros([value_rows(SPEC), HEADS], gl.float32, mma_layout()),)
-    page_ptr = pages_ptr + head * SPEC.head_bytes
-    end_page = gl.minimum(end_unit, num_closed)
     if SPEC.k.is_raw:
         for index in range(first_unit, end_page):
-            page = gl.load(kv_indices_ptr + first_page_index + index).to(gl.int64)
+            page = gl.load(indices_ptr + index).to(gl.int64)
             rows_ptr = page_ptr + page * SPEC.page_bytes
             k_ptr = (rows_ptr + SPEC.k.codes).to(open_rows_ptr.dtype)
             v_ptr = (rows_ptr + SPEC.v.codes).to(open_rows_ptr.dtype)
@@ -141,23 +155,20 @@ def attend_segment(
         q_mins = min_queries(q, sm_scale_log2, SPEC)
         unit = gl.convert_layout(norm, COLS) * (CODE_UNIT * sm_scale_log2)
         m_run, lane_sum, offsets, acc = attend_pages(
-            first_unit, end_page, kv_indices_ptr + first_page_index, page_ptr, buffers,
+            first_unit, end_page, here, coming, indices_ptr, page_ptr, buffers,
             q_codes, q_mins, unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
             SINKS, HEADS, STAGES, SPEC,
         )  # fmt: skip
 
-    ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
-    open_ptr = open_rows_ptr + open_slot.to(gl.int64) * (2 * PAGE * ROW) + head * SPEC.head_dim
-    sink_ptr = sink_rows_ptr + sink_slot.to(gl.int64) * (2 * SINKS * ROW) + head * SPEC.head_dim
     for unit in range(gl.maximum(first_unit, num_closed), end_unit):
         chunk = unit - num_closed
         k_ptr = open_ptr + chunk * (CHUNK * ROW)
         to_v = PAGE * ROW
         rows = last_page_len - chunk * CHUNK
-        if chunk == PAGE // CHUNK:
+        if chunk >= PAGE // CHUNK:
             k_ptr = sink_ptr
             to_v = SINKS * ROW
-            rows = SINKS if num_closed > 0 else 0
+            rows = SINKS if (num_closed > 0) & (chunk == PAGE // CHUNK) else 0
         if rows > 0:
             m_run, lane_sum, offsets, acc = attend_rows(
                 k_ptr, k_ptr + to_v, ROW, 0, rows, q_rows, sm_scale_log2,
@@ -186,7 +197,7 @@ def _decode_fwd_kernel(
     kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
     out_ptr, stat_ptr, batch, sm_scale_log2,
     SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    SPEC: tl.constexpr,
+    PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece of the line of units; see the module's docstring.
 
@@ -195,6 +206,16 @@ def _decode_fwd_kernel(
     """
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
     TAIL: tl.constexpr = tail_units(SINKS)
+    if PDL:
+        # The merge may be launched and wait on the device, while this grid still runs.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0",
+            "=r",
+            [],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
     program = gl.program_id(0)
     total = first_unit_of(gl.load(kv_indptr_ptr + batch), batch, TAIL, KV_HEADS)
     programs = gl.minimum(gl.num_programs(0).to(gl.int64), total)
@@ -232,7 +253,7 @@ def _decode_fwd_kernel(
 def _decode_merge_kernel(
     out_ptr, stat_ptr, kv_indptr_ptr, final_ptr, lse_ptr, batch, num_programs,
     GQA: tl.constexpr, HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial results of one (request, query head); one program each.
 
@@ -249,6 +270,8 @@ def _decode_merge_kernel(
     # Program w works on units w * total // num_programs and on: the last w that begins at `unit`.
     first = (((unit + 1) * num_programs - 1) // total).to(tl.int32)
     end = (((unit + length) * num_programs - 1) // total + 1).to(tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     offs_d = tl.arange(0, BLOCK_D)
     offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < HEAD_DIM

@@ -209,18 +209,33 @@ def _attend_page(
 
 
 @jit
+def start_pages(
+    first, end, indices_ptr, page_ptr, buffers, STAGES: tl.constexpr, SPEC: tl.constexpr
+):
+    """Start copying the first STAGES - 1 of pages first to end - 1.
+
+    Returns:
+        Number of page first, and of the next page to start.
+    """
+    coming = gl.load(indices_ptr + gl.minimum(first, end)).to(gl.int64)
+    here = coming
+    gl.thread_barrier()  # an earlier segment's pages may still be read
+    for ahead in tl.static_range(STAGES - 1):
+        start_page(buffers, ahead, page_ptr + coming * SPEC.page_bytes, first + ahead < end, SPEC)
+        coming = gl.load(indices_ptr + gl.minimum(first + ahead + 1, end)).to(gl.int64)
+    return here, coming
+
+
+@jit
 def attend_pages(
-    first, end, indices_ptr, page_ptr, buffers, q_codes, q_mins, unit, sm_scale_log2,
+    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_mins, unit, sm_scale_log2,
     m_run, lane_sum, offsets, acc,
     SINKS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Add closed pages first to end - 1, of which STAGES - 1 are on their way at any time."""
-    for ahead in tl.static_range(STAGES - 1):
-        page = gl.load(indices_ptr + gl.minimum(first + ahead, end)).to(gl.int64)
-        start_page(buffers, ahead, page_ptr + page * SPEC.page_bytes, first + ahead < end, SPEC)
-    # Page numbers are read one step earlier than the pages.
-    coming = gl.load(indices_ptr + gl.minimum(first + STAGES - 1, end)).to(gl.int64)
-    here = gl.load(indices_ptr + gl.minimum(first, end)).to(gl.int64)
+    """Add closed pages first to end - 1, of which STAGES - 1 are on their way at any time.
+
+    Page numbers are read one step earlier than the pages; see `start_pages`.
+    """
     stage = 0
     free = STAGES - 1
     for index in range(first, end):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import triton.language as tl
 
 from sgl_kvq.kernels._gluon import (
+    INTERPRET,
     gl,
     jit,
     mma_v2,
 )
 from sgl_kvq.kernels._layouts import (
+    PAGE,
     a_layout,
     b_layout,
     mma_layout,
+    next_power_of_2,
     num_planes,
     padded_dim,
     plane_width,
@@ -30,6 +33,27 @@ from sgl_kvq.kernels.decode.operands import (
     rescale,
     value_unit,
 )
+
+
+@jit
+def prefetch_rows(rows_ptr, num_rows, SPEC: tl.constexpr):
+    """Start fetching one head's K and V rows of an open page into the L2 cache."""
+    if not INTERPRET:
+        ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
+        LINES: tl.constexpr = next_power_of_2((2 * SPEC.head_dim + 127) // 128)
+        LAYOUT: tl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        line = gl.arange(0, 2 * PAGE * LINES, LAYOUT)
+        row = gl.minimum(line // LINES % PAGE, num_rows - 1)
+        channel = gl.minimum(line % LINES * 64, SPEC.head_dim - 1)
+        ptrs = rows_ptr + (line // (LINES * PAGE) * PAGE + row) * ROW + channel
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [ptrs.to(gl.int64)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @jit
