@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 
 from sgl_kvq.kernels._rotation import rotate_tile
+from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
 PAGE: tl.constexpr = tl.constexpr(64)
+LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
 
 
@@ -38,12 +40,6 @@ def padded(n):
 def groups_of(coding, head_dim):
     """Groups of channels of a token."""
     return head_dim // coding.group_channels
-
-
-@triton.constexpr_function
-def largest_row(coding):
-    """Rows are clamped to this before they are quantized; see `largest_magnitude`."""
-    return 65504.0
 
 
 @triton.jit
@@ -171,7 +167,7 @@ def _append_tensor(
         ptrs = prior_rows_ptr + prior.to(tl.int64) * (2 * PAGE * ROW) + in_slot
         earlier = tl.load(ptrs, mask=(tokens < first)[:, None] & valid[None, :], other=0.0)
         x = tl.where((tokens < first)[:, None], earlier, x)
-        limit = largest_row(CODING)
+        limit = LARGEST
         wide = x.to(tl.float32)
         contained = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -limit), limit), 0.0)
         count = tl.sum(tl.sum((contained != wide).to(tl.int32), axis=1), axis=0)

@@ -63,13 +63,13 @@ def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
     return packed
 
 
-def largest_magnitude(dtype: torch.dtype) -> float:
-    """Largest |x| that can be quantized: the spread of a group must stay finite in float32."""
-    return min(torch.finfo(dtype).max, 2.0**126)
+# Largest |x| in a page: the largest number that bfloat16 and float16 share. The kernels multiply
+# with scales in float16.
+LARGEST_MAGNITUDE = 65280.0
 
 
 def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace NaN by 0 and clamp to what a scale can span, see `largest_magnitude`.
+    """Replace NaN by 0 and clamp to `LARGEST_MAGNITUDE`.
 
     One bad element would otherwise poison the scale of its whole group.
 
@@ -79,7 +79,7 @@ def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (rows like x, number of replaced elements as an int64 scalar tensor).
     """
-    limit = largest_magnitude(x.dtype)
+    limit = LARGEST_MAGNITUDE
     contained = torch.nan_to_num(x, posinf=limit, neginf=-limit).clamp(-limit, limit)
     return contained, (contained != x).sum()
 
@@ -91,7 +91,7 @@ def encode_pages(
 
     Args:
         k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, at most
-            2**126 in size.
+            `LARGEST_MAGNITUDE` in size.
         v: Values, same shape and dtype.
         num_sinks: int32 [N], leading tokens of each page that are kept elsewhere in 16 bits: left
             out of the scales along the tokens, coded 0.
@@ -110,9 +110,9 @@ def encode_pages(
                 f"{name}: expected [N, {', '.join(map(str, expected))}] {layout.row_dtype}, "
                 f"got {list(rows.shape)} {rows.dtype}"
             )
-        if not (rows.abs() <= largest_magnitude(rows.dtype)).all():
+        if not (rows.abs() <= LARGEST_MAGNITUDE).all():
             raise ValueError(
-                f"{name}: expected finite values of at most 2**126, got NaN, infinity or more; "
+                f"{name}: expected finite values of at most {LARGEST_MAGNITUDE:.0f}, got others; "
                 f"pass rows through contain_non_finite first"
             )
     pages = torch.zeros((k.shape[0], layout.page_bytes), dtype=torch.uint8, device=k.device)

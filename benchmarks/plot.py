@@ -1,0 +1,74 @@
+"""Plots from checked-in results: python -m benchmarks.plot benchmarks/results/h100/decode.csv ..."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a results file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_decode(rows: list[dict[str, str]], path: Path) -> None:
+    """Speed-up over FlashInfer bf16 by shape and format, and FlashInfer fp8 beside it."""
+    by_shape: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if (row["head_dim"], row["gqa"]) == ("128", "4"):
+            shape = by_shape[f"{row['batch']}x{row['length']}"]
+            shape[row["format"]] = float(row["x_bf16"])
+            shape["FlashInfer fp8"] = float(row["us_bf16"]) / float(row["us_fp8"])
+    names = sorted({name for shape in by_shape.values() for name in shape})
+    figure, axes = plt.subplots(figsize=(10, 4))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = [x + (i - len(names) / 2 + 0.5) * width for x in range(len(by_shape))]
+        axes.bar(places, [shape[name] for shape in by_shape.values()], width, label=name)
+    axes.set_xticks(range(len(by_shape)), list(by_shape))
+    axes.set_xlabel("batch x length")
+    axes.set_ylabel("times as fast as FlashInfer bf16")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_title(f"decode attention, GQA 32/8, head_dim 128, {rows[0]['gpu']}")
+    axes.legend(ncols=3, fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_append(rows: list[dict[str, str]], path: Path) -> None:
+    """Microseconds of a decode step's append by the pages it closes."""
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    columns = [name for name in rows[0] if name.startswith("us_close_")]
+    for row in rows:
+        closing = [int(name.removeprefix("us_close_")) for name in columns]
+        axes.plot(closing, [float(row[name]) for name in columns], "o-", label=row["format"])
+    axes.set_xlabel("pages that fill in the step")
+    axes.set_ylabel("us")
+    axes.set_ylim(0)
+    axes.set_title(f"append, batch {rows[0]['batch']}, {rows[0]['gpu']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Draw one PNG beside each results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    plots = {"decode": plot_decode, "append": plot_append}
+    for path in parser.parse_args().files:
+        if path.stem not in plots:
+            parser.error(f"{path}: expected one of {', '.join(f'{name}.csv' for name in plots)}")
+        plots[path.stem](read(path), path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

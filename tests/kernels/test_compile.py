@@ -1,0 +1,94 @@
+"""Every GPU kernel compiles for Ampere, Ada and Hopper; needs no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.registry import get_format
+from sgl_kvq.kernels._page_spec import PageSpec, page_spec
+from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
+from sgl_kvq.kernels.append.kernel import _append_fwd_kernel
+from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+ROWS = ("k_ptr", "v_ptr", "q_ptr", "x_ptr", "open_rows_ptr", "prior_rows_ptr", "sink_rows_ptr")
+POINTERS = {
+    **dict.fromkeys(ROWS, "*bf16"),
+    **dict.fromkeys(("out_ptr", "stat_ptr", "lse_ptr"), "*fp32"),
+    "q_codes_ptr": "*bf16",
+    "final_ptr": "*bf16",
+    "pages_ptr": "*u8",
+    "num_contained_ptr": "*i64",
+    "sm_scale_log2": "fp32",
+}
+
+
+def compile_for(kernel: Any, arch: int, constants: dict[str, Any], **options: Any) -> Any:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return POINTERS.get(name, "*i32" if name.endswith("_ptr") else "i32")
+
+    signature = {name: kind(name) for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.startswith("stride")
+    }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(
+        source(kernel, signature, constants, aligned), target=target, options=options
+    )
+
+
+def spec_of(name: str, head_dim: int) -> PageSpec:
+    return page_spec(PageLayout(get_format(name), head_dim, 8))
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "head_dim"),
+    [(80, "hack2", 128), (89, "hack2", 128), (90, "hack2", 128), (90, "saw4", 96), (80, "bf16", 64)]
+    + [(90, "hack2-v1", 256), (89, "hack8", 80)],
+)
+def test_decode(arch: int, name: str, head_dim: int) -> None:
+    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "PDL": arch >= 90}
+    constants["SPEC"] = spec_of(name, head_dim)
+    compiled = compile_for(_decode_fwd_kernel, arch, constants, num_warps=1, maxnreg=248)
+    ptx = compiled.asm["ptx"]
+    assert ("cp.async" in ptx) == (name != "bf16")
+    assert "movmatrix" in ptx
+    # Eight programs must fit a Hopper multiprocessor (228 KiB) with hack2's pages.
+    if (name, head_dim) == ("hack2", 128):
+        assert 8 * (compiled.metadata.shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_merge(arch: int) -> None:
+    constants = {"GQA": 4, "HEAD_DIM": 80, "KV_HEADS": 8, "TAIL": 9, "BLOCK_D": 128, "BLOCK_S": 32}
+    assert compile_for(_decode_merge_kernel, arch, {**constants, "PDL": arch >= 90}, num_warps=4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "hack2", 128)]
+)
+def test_append(arch: int, name: str, head_dim: int) -> None:
+    constants = {"SINKS": 4, "KEEP": True, "SPEC": spec_of(name, head_dim)}
+    compiled = compile_for(_append_fwd_kernel, arch, constants, num_warps=8, enable_fp_fusion=False)
+    assert "div.rn.f32" in compiled.asm["ptx"]  # codes equal the reference's to the bit
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rotation(arch: int) -> None:
+    constants = {"HEAD_DIM": 128, "ORDER": 128, "BLOCK_R": 4, "BLOCK_D": 128}
+    assert compile_for(_rotate_fwd_kernel, arch, constants, num_warps=2, enable_fp_fusion=False)

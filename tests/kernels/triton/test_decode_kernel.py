@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import RandomCache, attention_fp64, random_cache
+
+from sgl_kvq.formats.registry import format_names
+from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
+from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+
+SEQ_LENS = [1, 63, 64, 65, 200]
+GPU_SEQ_LENS = [1, 63, 64, 65, 1000, 33000]
+
+
+def to_device(data: RandomCache, device: str) -> RandomCache:
+    def moved(tensors: object) -> dict[str, torch.Tensor]:
+        return {name: value.to(device) for name, value in vars(tensors).items()}
+
+    return replace(
+        data,
+        cache=PagedCache(**moved(data.cache)),
+        table=PageTable(**moved(data.table)),
+        kv=data.kv,
+    )
+
+
+def run(
+    data: RandomCache, q: torch.Tensor, num_programs: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode with every output and partial result poisoned beforehand."""
+    workspace = DecodeWorkspace(len(q), q.shape[1], data.layout, q.device, num_programs)
+    workspace.out.fill_(torch.nan)
+    workspace.stats.fill_(torch.nan)
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], torch.nan, device=q.device)
+    scale = q.shape[2] ** -0.5
+    decode(q, data.cache, data.table, data.layout, scale, workspace, out, lse)
+    return out, lse
+
+
+def check(data: RandomCache, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Compare with fp64 attention on dequantized values, element by element.
+
+    Budget: a score errs by 2^-10 of sum |q_c| range_c (float16 q * scale, against codes that span
+    at most the channel's range); a probability by 2^-8 (16 bits, either type); the output is
+    rounded to 16 bits.
+    """
+    scale = q.shape[2] ** -0.5
+    for row, (keys, values) in enumerate(data.kv):
+        exact, exact_lse = attention_fp64(q[row].cpu(), keys, values, scale)
+        absolute, _ = attention_fp64(q[row].cpu(), keys, values.abs(), scale)
+        grouped = q[row].cpu().double().abs().view(keys.shape[1], -1, q.shape[2])
+        spread = keys.amax(0) - keys.amin(0)  # [H, D]
+        score_error = torch.einsum("hgd,hd->hg", grouped, spread).flatten() * scale * 2**-10
+        budget = absolute * (2 * score_error[:, None] + 2**-8) + exact.abs() * 2**-8 + 1e-6
+        assert ((out[row].cpu().double() - exact).abs() <= budget).all()
+        lse_budget = score_error * math.log2(math.e) + 1e-4
+        assert ((lse[row].cpu().double() - exact_lse).abs() <= lse_budget).all()
+
+
+def make(
+    name: str, head_dim: int, heads: int, gqa: int, lens: list[int], sinks: int, device: str
+) -> tuple[RandomCache, torch.Tensor]:
+    generator = torch.Generator().manual_seed(head_dim + gqa)
+    data = to_device(random_cache(name, head_dim, heads, lens, sinks, generator), device)
+    wide = torch.randn(len(lens), heads * gqa + 1, head_dim, generator=generator)
+    return data, wide.to(torch.bfloat16).to(device)[:, 1:]  # strided
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_against_fp64_on_dequantized_pages(name: str, device: str) -> None:
+    lens = GPU_SEQ_LENS if device == "cuda" else SEQ_LENS
+    data, q = make(name, 128, 2, 4, lens, 4, device)
+    check(data, q, *run(data, q))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+@pytest.mark.parametrize("name", ["hack2", "k4v2", "hack2-v1", "saw4"])
+def test_head_dims(name: str, head_dim: int, device: str) -> None:
+    data, q = make(name, head_dim, 1, 3, [65, 130], 4, device)
+    check(data, q, *run(data, q))
+
+
+@pytest.mark.parametrize("gqa", [1, 8, 16])
+def test_query_groups(gqa: int, device: str) -> None:
+    data, q = make("hack2", 64, 2, gqa, [65, 130], 4, device)
+    check(data, q, *run(data, q))
+
+
+@pytest.mark.parametrize("sinks", [0, 16])
+@pytest.mark.parametrize("name", ["hack4", "bf16"])
+def test_sink_tokens(name: str, sinks: int, device: str) -> None:
+    data, q = make(name, 64, 1, 2, [64, 130], sinks, device)
+    check(data, q, *run(data, q))
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 7, 40, 500])
+def test_the_number_of_pieces_does_not_matter(num_programs: int, device: str) -> None:
+    data, q = make("hack2", 64, 2, 4, SEQ_LENS, 4, device)
+    check(data, q, *run(data, q, num_programs))
+
+
+def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
+    data, q = make("hack2", 64, 1, 2, [130, 65], 4, device)
+    out, _ = run(data, q)
+    table = data.table
+    begin, middle, end = table.kv_indptr.tolist()
+    swapped = PageTable(
+        kv_indptr=torch.tensor([begin, end - middle, end], dtype=torch.int32, device=device),
+        kv_indices=torch.cat([table.kv_indices[middle:end], table.kv_indices[begin:middle]]),
+        kv_last_page_len=table.kv_last_page_len.flip(0),
+        open_slots=table.open_slots.flip(0),
+        sink_slots=table.sink_slots.flip(0),
+    )
+    other, _ = run(replace(data, table=swapped, kv=data.kv[::-1]), q.flip(0), 3)
+    torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
+
+
+def test_float16_models(device: str) -> None:
+    data, q = make("hack2", 64, 1, 2, [200], 4, device)
+    layout = replace(data.layout, row_dtype=torch.float16)
+    cache = replace(
+        data.cache, open_rows=data.cache.open_rows.half(), sink_rows=data.cache.sink_rows.half()
+    )
+    data, q = replace(data, layout=layout, cache=cache), q.half()
+    check(data, q, *run(data, q))
+
+
+def test_wrong_queries_are_refused(device: str) -> None:
+    data, q = make("hack2", 64, 1, 2, [65], 4, device)
+    with pytest.raises(ValueError, match=r"expected at most 1 rows of torch.bfloat16"):
+        run(data, q.float())
+    with pytest.raises(ValueError, match="num_qo_heads: expected 1 to 16 times the 1 KV heads"):
+        DecodeWorkspace(1, 17, data.layout, device)
+
+
+def test_a_graph_replays_with_new_lengths(gpu: str) -> None:
+    data, q = make("hack2", 128, 2, 4, [130, 1000], 4, gpu)
+    workspace = DecodeWorkspace(2, 8, data.layout, gpu)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=gpu)
+    arguments = (q, data.cache, data.table, data.layout, 0.1, workspace, out, lse)
+    decode(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(*arguments)
+    data.table.kv_last_page_len.fill_(1)
+    out.fill_(torch.nan)
+    graph.replay()
+    replayed = out.clone()
+    decode(*arguments)
+    assert torch.equal(out, replayed)
+
+
+def test_a_pool_beyond_2_31_bytes(gpu: str) -> None:
+    data, q = make("hack2", 128, 8, 4, [300], 4, gpu)
+    num_pages = 2**31 // data.layout.page_bytes + 100
+    big = torch.full((num_pages, data.layout.page_bytes), 0xFF, dtype=torch.uint8, device=gpu)
+    far = num_pages - 1 - torch.arange(len(data.table.kv_indices), device=gpu)
+    big[far] = data.cache.pages[data.table.kv_indices.long()]
+    table = replace(data.table, kv_indices=far.int())
+    moved = replace(data, cache=replace(data.cache, pages=big), table=table)
+    check(moved, q, *run(moved, q))
+
+
+def test_merges_with_flashinfer(gpu: str) -> None:
+    flashinfer = pytest.importorskip("flashinfer")
+    data, q = make("hack2", 128, 2, 4, [500], 4, gpu)
+    out, lse = run(data, q)
+    keys, values = (torch.randn(1, 70, 2, 128, device=gpu).bfloat16() for _ in range(2))
+    pair = [attention_fp64(q[0].cpu(), keys[0].cpu().double(), values[0].cpu().double(), 128**-0.5)]
+    other = torch.stack([part for part, _ in pair]).to(gpu).bfloat16()
+    other_lse = torch.stack([part for _, part in pair]).to(gpu).float()
+    merged, _ = flashinfer.merge_state(out, lse, other, other_lse)
+    both = [
+        (torch.cat([a, b[0].cpu().double()]))
+        for a, b in zip(data.kv[0], (keys, values), strict=True)
+    ]
+    exact, _ = attention_fp64(q[0].cpu(), *both, 128**-0.5)
+    assert (merged[0].cpu().double() - exact).norm() < 2**-6 * exact.norm()
