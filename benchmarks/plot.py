@@ -1,4 +1,4 @@
-"""Plots from checked-in results: python -m benchmarks.plot benchmarks/results/h100/decode.csv ..."""
+"""Plots from checked-in results: python -m benchmarks.plot benchmarks/results/h100/*.csv."""
 
 from __future__ import annotations
 

@@ -78,3 +78,23 @@ def start_scheduler() -> Iterator[Callable[..., Any]]:
     yield start
     while running:
         running.pop().close()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels run: a GPU, or the CPU under Triton's interpreter."""
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels on the CPU")
+    return "cuda"
+
+
+@pytest.fixture
+def gpu(device: str) -> str:
+    """A GPU, for what cannot be interpreted."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    return device

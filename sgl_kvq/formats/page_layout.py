@@ -89,30 +89,29 @@ class PageLayout:
         """Fields of one head by name, in the order they lie."""
         fields: dict[str, Field] = {}
         offset = 0
-        for name, shape, dtype in (*self._k_fields(), *self._v_fields()):
+        for name, shape, dtype in (
+            *self._tensor_fields("k", self.format.k),
+            *self._tensor_fields("v", self.format.v),
+        ):
             fields[name] = Field(offset, shape, dtype)
             offset = _align(offset + fields[name].size_bytes)
         return fields
 
-    def _k_fields(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        coding = self.format.k
+    def _tensor_fields(
+        self, prefix: str, coding: Coding
+    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Fields of K or V. Minima lie right behind the scales, so that one read takes both."""
         if coding.is_raw:
-            return [("k_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
+            return [(f"{prefix}_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
         width = self.head_dim // coding.num_planes
-        fields = [("k_codes", (PAGE_SIZE, width), torch.uint8), *self._meta_fields("k", coding)]
+        codes: tuple[int, ...] = (PAGE_SIZE, width)
+        sums: tuple[int, ...] = (self.head_dim // self.partition, PAGE_SIZE)
+        terms = self.partition
+        if prefix == "v":
+            codes, sums, terms = (width, PAGE_SIZE), (self.head_dim,), PAGE_SIZE
+        fields = [(f"{prefix}_codes", codes, torch.uint8), *self._meta_fields(prefix, coding)]
         if self.format.has_sums:
-            sums = (self.head_dim // self.partition, PAGE_SIZE)
-            fields.append(("k_sums", sums, _sum_dtype(self.partition, coding.max_code)))
-        return fields
-
-    def _v_fields(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        coding = self.format.v
-        if coding.is_raw:
-            return [("v_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
-        width = self.head_dim // coding.num_planes
-        fields = [("v_codes", (width, PAGE_SIZE), torch.uint8), *self._meta_fields("v", coding)]
-        if self.format.has_sums:
-            fields.append(("v_sums", (self.head_dim,), _sum_dtype(PAGE_SIZE, coding.max_code)))
+            fields.append((f"{prefix}_sums", sums, _sum_dtype(terms, coding.max_code)))
         return fields
 
     def _meta_fields(

@@ -83,3 +83,14 @@ def test_bad_geometry_is_refused() -> None:
         PageLayout(get_format("saw4"), 80, 1, hadamard_block=64)
     with pytest.raises(ConfigError, match=r"expected one of hack2, .*got 'hack3'"):
         get_format("hack3")
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", format_names())
+def test_minima_lie_right_behind_the_scales(name: str, head_dim: int) -> None:
+    fields = PageLayout(get_format(name), head_dim, 2).fields
+    for prefix in ("k", "v"):
+        if f"{prefix}_scales" in fields:
+            scales = fields[f"{prefix}_scales"]
+            end = scales.offset_bytes + scales.size_bytes
+            assert fields[f"{prefix}_mins"].offset_bytes == end

@@ -58,8 +58,10 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
 
 @pytest.mark.parametrize(
     ("arch", "name", "head_dim"),
-    [(80, "hack2", 128), (89, "hack2", 128), (90, "hack2", 128), (90, "saw4", 96), (80, "bf16", 64)]
-    + [(90, "hack2-v1", 256), (89, "hack8", 80)],
+    [
+        *((arch, "hack2", 128) for arch in (80, 89, 90)),
+        *((90, "saw4", 96), (80, "bf16", 64), (90, "hack2-v1", 256), (89, "hack8", 80)),
+    ],
 )
 def test_decode(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "PDL": arch >= 90}
