@@ -64,7 +64,7 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
     ],
 )
 def test_decode(arch: int, name: str, head_dim: int) -> None:
-    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "PDL": arch >= 90}
+    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "TAIL": 9, "PDL": arch >= 90}
     constants["SPEC"] = spec_of(name, head_dim)
     compiled = compile_for(_decode_fwd_kernel, arch, constants, num_warps=1, maxnreg=248)
     ptx = compiled.asm["ptx"]

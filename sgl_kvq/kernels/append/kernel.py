@@ -15,6 +15,11 @@ from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
 PAGE: tl.constexpr = tl.constexpr(64)
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
+# Index tensors, whose address must not make Triton compile another variant.
+TOUCHED = (
+    *("page_ptr", "slot_ptr", "sink_slot_ptr", "prior_ptr", "first_ptr", "end_ptr", "start_ptr"),
+    "is_first_ptr",
+)
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
 
 
@@ -191,7 +196,7 @@ def _append_tensor(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TOUCHED)
 def _append_fwd_kernel(
     k_ptr, v_ptr, stride_kt, stride_kh, stride_vt, stride_vh,
     page_ptr, slot_ptr, sink_slot_ptr, prior_ptr, first_ptr, end_ptr, start_ptr, is_first_ptr,

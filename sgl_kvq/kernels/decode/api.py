@@ -9,12 +9,8 @@ import torch
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels._rotation import rotate_rows
-from sgl_kvq.kernels.decode.configs import decode_config
-from sgl_kvq.kernels.decode.kernel import (
-    _decode_fwd_kernel,
-    _decode_merge_kernel,
-    tail_units,
-)
+from sgl_kvq.kernels.decode.configs import decode_config, tail_units
+from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
 LOG2_E = math.log2(math.e)
@@ -104,20 +100,20 @@ def decode(
     if lse is None:
         lse = torch.empty((batch, num_qo_heads), dtype=torch.float32, device=q.device)
     q_codes = rotate_rows(q, spec.k.rotation) if spec.k.rotation > 1 else q
-    gqa = workspace.gqa_group
+    gqa, tail = workspace.gqa_group, tail_units(cache.sink_tokens)
     _decode_fwd_kernel[(workspace.num_programs,)](
         q, q_codes, q.stride(0), q.stride(1), q_codes.stride(0), q_codes.stride(1),
         cache.pages, cache.open_rows, cache.sink_rows,
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
         table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
         SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
-        STAGES=workspace.num_stages, PDL=workspace.use_pdl, SPEC=spec,
+        STAGES=workspace.num_stages, TAIL=tail, PDL=workspace.use_pdl, SPEC=spec,
         num_warps=1, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     _decode_merge_kernel[(batch, num_qo_heads)](
         workspace.out, workspace.stats, table.kv_indptr, out, lse, batch, workspace.num_programs,
-        GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads,
-        TAIL=tail_units(cache.sink_tokens), BLOCK_D=1 << (head_dim - 1).bit_length(),
-        BLOCK_S=32, PDL=workspace.use_pdl, num_warps=4, launch_pdl=workspace.use_pdl,
+        GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads, TAIL=tail,
+        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_S=32, PDL=workspace.use_pdl,
+        num_warps=4, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
     return out, lse

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels._page_spec import PageSpec
 
+_ROWS_PER_UNIT = 16  # of the open page
+_SWITCH_UNITS = 4  # what starting on another head costs, in units
 _RESERVED_BYTES = 1024  # shared memory the driver keeps for each block
 
 
@@ -24,6 +27,11 @@ class DecodeConfig:
     num_programs: int
     num_stages: int
     use_pdl: bool
+
+
+def tail_units(sink_tokens: int) -> int:
+    """Units of work of a request and head besides its closed pages; see `kernel.py`."""
+    return PAGE_SIZE // _ROWS_PER_UNIT + (1 if sink_tokens else 0) + _SWITCH_UNITS
 
 
 def decode_config(spec: PageSpec, device: torch.device) -> DecodeConfig:

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from sgl_kvq.kernels._gluon import (
-    constexpr_function,
     gl,
     jit,
 )
@@ -55,12 +54,11 @@ from sgl_kvq.kernels.decode.rows import (
 
 CHUNK: tl.constexpr = tl.constexpr(16)  # 16-bit rows of one unit
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
-
-
-@constexpr_function
-def tail_units(sink_tokens: int) -> int:
-    """Units of a request's 16-bit rows, and 4 for what starting on another head costs."""
-    return 64 // 16 + (1 if sink_tokens else 0) + 4
+# Arguments whose value or address must not make Triton compile another variant.
+PAGE_TABLE = (
+    *("kv_indptr_ptr", "kv_indices_ptr", "kv_last_page_len_ptr", "open_slots_ptr"),
+    "sink_slots_ptr",
+)
 
 
 def _first_unit(pages, request, TAIL: tl.constexpr, KV_HEADS: tl.constexpr):
@@ -190,14 +188,14 @@ def _request_of_unit(kv_indptr_ptr, batch, unit, TAIL: tl.constexpr, SPEC: tl.co
     return count - 1
 
 
-@jit
+@jit(do_not_specialize=("batch",), do_not_specialize_on_alignment=PAGE_TABLE)
 def _decode_fwd_kernel(
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
     pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
     out_ptr, stat_ptr, batch, sm_scale_log2,
     SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, SPEC: tl.constexpr,
+    TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece of the line of units; see the module's docstring.
 
@@ -205,7 +203,6 @@ def _decode_fwd_kernel(
     (request, head) of the piece; stat = (shift, sum_t p_t).
     """
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
-    TAIL: tl.constexpr = tail_units(SINKS)
     if PDL:
         # The merge may be launched and wait on the device, while this grid still runs.
         gl.inline_asm_elementwise(
@@ -249,7 +246,7 @@ def _decode_fwd_kernel(
                 request += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "num_programs"), do_not_specialize_on_alignment=PAGE_TABLE)
 def _decode_merge_kernel(
     out_ptr, stat_ptr, kv_indptr_ptr, final_ptr, lse_ptr, batch, num_programs,
     GQA: tl.constexpr, HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, TAIL: tl.constexpr,

@@ -9,8 +9,10 @@ from helpers import RandomCache, attention_fp64, random_cache
 
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
+from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
+KERNELS = (_decode_fwd_kernel, _decode_merge_kernel)
 SEQ_LENS = [1, 63, 64, 65, 200]
 GPU_SEQ_LENS = [1, 63, 64, 65, 1000, 33000]
 
@@ -152,6 +154,23 @@ def test_a_graph_replays_with_new_lengths(gpu: str) -> None:
     replayed = out.clone()
     decode(*arguments)
     assert torch.equal(out, replayed)
+
+
+def test_another_batch_or_length_compiles_nothing(gpu: str) -> None:
+    data, q = make("hack2", 128, 2, 4, [130] * 17, 4, gpu)
+    run(data, q)
+    compiled = [len(kernel.device_caches[0][0]) for kernel in KERNELS]
+    for batch in (1, 2, 16):
+        table = replace(
+            data.table,
+            kv_indptr=data.table.kv_indptr[: batch + 1],
+            kv_indices=data.table.kv_indices[: 3 * batch],
+            kv_last_page_len=data.table.kv_last_page_len[:batch] - 1,
+            open_slots=data.table.open_slots[:batch],
+            sink_slots=data.table.sink_slots[1 : batch + 1],
+        )
+        run(replace(data, table=table), q[:batch], 7 * batch)
+    assert [len(kernel.device_caches[0][0]) for kernel in KERNELS] == compiled
 
 
 def test_a_pool_beyond_2_31_bytes(gpu: str) -> None:
