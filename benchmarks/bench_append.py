@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.bench_decode import SINK_TOKENS, ours
-from benchmarks.kernel_harness import time_interleaved, write_csv
+from benchmarks.kernel_harness import time_interleaved, write_results
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
@@ -99,7 +99,7 @@ def main() -> None:
         del calls, attention
         torch.cuda.empty_cache()
     print(tabulate(rows, headers="keys"))
-    write_csv(args.out, rows)
+    write_results(args.out, rows)
 
 
 if __name__ == "__main__":

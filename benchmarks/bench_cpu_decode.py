@@ -15,10 +15,8 @@ first measurement, that is, in quantized pages. Reported is the median of the re
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -34,7 +32,7 @@ from typing import Any
 import requests
 from tabulate import tabulate
 
-from benchmarks.revision import git_commit
+from benchmarks.records import command_line, git_commit, write_csv
 from benchmarks.servers import (
     Server,
     ServerError,
@@ -48,7 +46,6 @@ PAGE_SIZE = 64
 REQUEST_TIMEOUT_S = 600
 SHAPE_COLUMNS = ("format", "batch", "context")
 SPEED_COLUMNS = ("tok_s", "tok_s_stock", "ratio")
-MACHINE_COLUMNS = ("cpu", "torch", "sglang", "commit", "command")
 
 
 def contexts(model: Path, count: int, length: int) -> list[list[int]]:
@@ -160,7 +157,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "torch": version("torch"),
         "sglang": version("sglang"),
         "commit": git_commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.bench_cpu_decode", *args.argv]),
+        "command": command_line("bench_cpu_decode", args.argv),
     }
     rows = []
     for context, batch in itertools.product(args.contexts, args.batches):
@@ -169,15 +166,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         speed = {"tok_s": rate, "tok_s_stock": stock_rate, "ratio": rate / stock_rate}
         rows.append(shape | {key: round(value, 3) for key, value in speed.items()} | machine)
     return rows
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows with their header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, SHAPE_COLUMNS + SPEED_COLUMNS + MACHINE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -203,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     except (ServerError, OSError, ValueError) as error:
         print(f"benchmark failed: {error}", file=sys.stderr)
         return 1
-    write_csv(rows, args.out)
+    write_csv(args.out, rows)
     shown = [{key: row[key] for key in SHAPE_COLUMNS + SPEED_COLUMNS} for row in rows]
     print(tabulate(shown, headers="keys", floatfmt=".2f"))
     print(f"{cpu_name()}; written to {args.out}")

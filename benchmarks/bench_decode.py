@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.decode_bounds import few_pages, load_only
-from benchmarks.kernel_harness import copy_gbps, num_copies, time_interleaved, write_csv
+from benchmarks.kernel_harness import copy_gbps, num_copies, time_interleaved, write_results
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
@@ -190,7 +190,7 @@ def main() -> None:
     for case in cases:
         formats = args.formats if case[2:] == (8, 4, 128) else [*args.formats[:1], "hack4"]
         rows += measure(formats, *case, copy_rate=rate, baselines=not args.no_baselines)
-        write_csv(args.out, [{**row, "copy_gbps": round(rate)} for row in rows])
+        write_results(args.out, [{**row, "copy_gbps": round(rate)} for row in rows])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton.language as tl
 
@@ -50,10 +52,4 @@ def load_only(cache: PagedCache, table: PageTable, layout: PageLayout, ws: Decod
 def few_pages(table: PageTable, num_pages: int = 64) -> PageTable:
     """The same table over a handful of pages, which stay in the L2 cache: arithmetic alone."""
     indices = torch.randint(1, num_pages + 1, table.kv_indices.shape, device="cuda")
-    return PageTable(
-        kv_indptr=table.kv_indptr,
-        kv_indices=indices.int(),
-        kv_last_page_len=table.kv_last_page_len,
-        open_slots=table.open_slots,
-        sink_slots=table.sink_slots,
-    )
+    return replace(table, kv_indices=indices.int())

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agents import QUESTION_TOKENS, Request, Workload, WorkloadSizes, summarize
-from benchmarks.revision import git_commit
+from benchmarks.records import git_commit
 from benchmarks.servers import (
     Server,
     ServerError,

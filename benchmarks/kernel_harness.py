@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.revision import git_commit
+from benchmarks.records import command_line, git_commit, write_csv
 
 COLD_BYTES = 320 * 2**20  # several times the L2 cache of any GPU
 MAX_COPIES = 32
@@ -97,19 +95,11 @@ def environment() -> dict[str, str]:
         "triton": known("triton"),
         "flashinfer": known("flashinfer-python"),
         "commit": git_commit(),
-        "command": shlex.join(["python", "-m", *(_module(sys.argv[0]), *sys.argv[1:])]),
+        "command": command_line(Path(sys.argv[0]).stem, sys.argv[1:]),
     }
 
 
-def _module(path: str) -> str:
-    return ".".join(Path(path).with_suffix("").parts[-2:])
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows with the environment as their last columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     environ = environment()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *environ])
-        writer.writeheader()
-        writer.writerows({**row, **environ} for row in rows)
+    write_csv(path, [row | environ for row in rows])

@@ -87,8 +87,8 @@ class KvqAttnBackend(AttentionBackend):
         metadata = self.forward_metadata
         assert isinstance(metadata, DecodeMetadata)
         cache = self.pool.layer(layer.layer_id)
-        rows = len(metadata.plan.pages) * self.layout.num_kv_heads * self.layout.head_dim
-        with one_thread_if(self.pool.device == "cpu" and rows <= SMALL_STEP):
+        size = len(metadata.plan.pages) * self.layout.num_kv_heads * self.layout.head_dim
+        with one_thread_if(self.pool.device == "cpu" and size <= SMALL_STEP):
             self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
             out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, self.arithmetic)
         return out.flatten(1)

@@ -18,9 +18,8 @@ from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia import ampere
 
 _FORWARDED = (
-    *("abs", "broadcast", "cdiv", "exp2", "expand_dims", "join", "load", "log2", "max", "maximum"),
-    *("minimum", "num_programs", "permute", "program_id", "reshape", "split", "store", "sum"),
-    "where",
+    *("abs", "broadcast", "exp2", "expand_dims", "load", "log2", "max", "maximum", "minimum"),
+    *("num_programs", "permute", "program_id", "reshape", "split", "store", "sum", "where"),
 )
 _LAYOUTS = (
     *("BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout"),
@@ -93,8 +92,7 @@ def _interpreted_language() -> SimpleNamespace:
         return lambda *args, **kwargs: getattr(tl, name)(*args, **kwargs)
 
     namespace = SimpleNamespace(**{name: forward(name) for name in _FORWARDED})
-    namespace.static_range = tl.static_range
-    for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64", "uint8"):
+    for name in ("float16", "bfloat16", "float32", "int16", "int32", "int64"):
         setattr(namespace, name, getattr(tl, name))
     for name in _LAYOUTS:
         setattr(namespace, name, getattr(gluon_language, name))

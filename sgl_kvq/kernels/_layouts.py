@@ -22,42 +22,17 @@ from typing import Any
 
 import triton.language as tl
 
+from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels._gluon import constexpr_function, gl
 from sgl_kvq.kernels._page_spec import CodingSpec, PageSpec
 
-PAGE: tl.constexpr = tl.constexpr(64)
+PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
 
 
 @constexpr_function
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-@constexpr_function
-def padded_dim(spec: PageSpec) -> int:
-    """head_dim as a power of two, at least 32."""
-    return max(32, 1 << (spec.head_dim - 1).bit_length())
-
-
-@constexpr_function
-def plane_width(spec: PageSpec, coding: CodingSpec) -> int:
-    """Channels of one plane; in bytes, what a token's codes take: K's row length, V's row count."""
-    return spec.head_dim // max(1, 8 // coding.num_bits)
-
-
-@constexpr_function
-def key_words(spec: PageSpec) -> int:
-    """16-bit words of a key row, padded to whole MMA tiles."""
-    words = spec.head_dim * spec.k.num_bits // 16
-    return max(16, 1 << (words - 1).bit_length())
-
-
-@constexpr_function
-def value_rows(spec: PageSpec) -> int:
-    """Rows of the output tile of one plane: byte rows of V padded to whole MMA tiles."""
-    width = spec.head_dim // max(1, 8 // spec.v.num_bits)
-    return max(16, 1 << (width - 1).bit_length())
 
 
 @constexpr_function
@@ -73,9 +48,33 @@ def num_groups(spec: PageSpec, coding: CodingSpec) -> int:
 
 
 @constexpr_function
+def padded_dim(spec: PageSpec) -> int:
+    """head_dim as a power of two, at least 32."""
+    return max(32, next_power_of_2(spec.head_dim))
+
+
+@constexpr_function
+def plane_width(spec: PageSpec, coding: CodingSpec) -> int:
+    """Channels of one plane; in bytes, what a token's codes take: K's row length, V's row count."""
+    return spec.head_dim // num_planes(coding)
+
+
+@constexpr_function
+def key_words(spec: PageSpec) -> int:
+    """16-bit words of a key row, padded to whole MMA tiles."""
+    return max(16, next_power_of_2(plane_width(spec, spec.k) // 2))
+
+
+@constexpr_function
+def value_rows(spec: PageSpec) -> int:
+    """Rows of the output tile of one plane: byte rows of V padded to whole MMA tiles."""
+    return max(16, next_power_of_2(plane_width(spec, spec.v)))
+
+
+@constexpr_function
 def meta_rows(spec: PageSpec, coding: CodingSpec) -> int:
     """Rows of 64 that scales and minima of the token axis take, as a power of two."""
-    return 1 << (2 * (spec.head_dim // coding.group_channels) - 1).bit_length()
+    return next_power_of_2(2 * num_groups(spec, coding))
 
 
 @constexpr_function
@@ -109,13 +108,13 @@ def mma_layout() -> Any:
 @constexpr_function
 def a_layout() -> Any:
     """Left operand, 16-bit elements."""
-    return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
+    return gl.DotOperandLayout(0, mma_layout(), 2)
 
 
 @constexpr_function
 def b_layout() -> Any:
     """Right operand, 16-bit elements."""
-    return gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
+    return gl.DotOperandLayout(1, mma_layout(), 2)
 
 
 @constexpr_function
@@ -210,13 +209,13 @@ def lane_sum_layout(heads: int) -> Any:
 
 
 @constexpr_function
-def copy_layout(rows: int, cols: int) -> Any:
-    """[rows, cols] 16-bit elements, 16 contiguous bytes a lane: what an asynchronous copy moves."""
+def copy_layout(cols: int) -> Any:
+    """[any, cols] 16-bit elements, 16 contiguous bytes a lane: what an asynchronous copy moves."""
     lanes = min(32, max(1, cols // 8))
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
 
 
 @constexpr_function
-def shared_layout(rank: int) -> Any:
-    """Plain row-major shared memory."""
-    return gl.SwizzledSharedLayout(1, 1, 1, list(range(rank))[::-1])
+def shared_layout() -> Any:
+    """Plain row-major shared memory, [rows, columns]."""
+    return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

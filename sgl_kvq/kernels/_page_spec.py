@@ -20,6 +20,7 @@ class CodingSpec:
         half_up: Ties round up instead of to even.
         rotation: Order of the Hadamard blocks, 1 without rotation.
         codes, scales, mins, sums: Offsets; 0 where the field does not exist.
+        sums_are_bytes: Whether code sums are uint8 (else int16).
     """
 
     num_bits: int
@@ -31,11 +32,7 @@ class CodingSpec:
     scales: int
     mins: int
     sums: int
-
-    @property
-    def planes(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.num_bits
+    sums_are_bytes: bool
 
     @property
     def is_raw(self) -> bool:
@@ -56,7 +53,6 @@ class PageSpec:
         head_bytes: Bytes of one head's slice of a page row.
         page_bytes: Bytes of a page row.
         partition: Channels that share a code sum.
-        sums_are_bytes: Whether K's and V's code sums are uint8 (else int16).
         k: Keys.
         v: Values.
     """
@@ -66,8 +62,6 @@ class PageSpec:
     head_bytes: int
     page_bytes: int
     partition: int
-    k_sums_are_bytes: bool
-    v_sums_are_bytes: bool
     k: CodingSpec
     v: CodingSpec
 
@@ -75,18 +69,12 @@ class PageSpec:
 @lru_cache(maxsize=64)
 def page_spec(layout: PageLayout) -> PageSpec:
     """Numbers of a layout for the kernels."""
-    sums = {
-        name: name in layout.fields and layout.fields[name].dtype.itemsize == 1
-        for name in ("k_sums", "v_sums")
-    }
     return PageSpec(
         head_dim=layout.head_dim,
         num_kv_heads=layout.num_kv_heads,
         head_bytes=layout.head_bytes,
         page_bytes=layout.page_bytes,
         partition=layout.partition,
-        k_sums_are_bytes=sums["k_sums"],
-        v_sums_are_bytes=sums["v_sums"],
         k=_coding_spec(layout, "k", layout.format.k),
         v=_coding_spec(layout, "v", layout.format.v),
     )
@@ -97,6 +85,7 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         known = layout.fields.get(f"{name}_{field}")
         return known.offset_bytes if known else 0
 
+    sums = layout.fields.get(f"{name}_sums")
     per_channel = coding.axis == "channel"
     groups = 1 if per_channel or coding.is_raw else coding.num_groups(layout.head_dim)
     return CodingSpec(
@@ -109,4 +98,5 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         scales=offset("scales"),
         mins=offset("mins"),
         sums=offset("sums"),
+        sums_are_bytes=sums is not None and sums.dtype.itemsize == 1,
     )

@@ -14,6 +14,7 @@ from sgl_kvq.kernels._gluon import INTERPRET, async_copy, constexpr_function, gl
 from sgl_kvq.kernels._layouts import (
     PAGE,
     a_layout,
+    b_layout,
     block_layout,
     copy_layout,
     key_words,
@@ -33,14 +34,14 @@ CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)  # 1 / the smallest float16 subn
 
 
 @constexpr_function
-def _mask_asm(num_bits: int, plane: int) -> str:
-    mask = ((1 << num_bits) - 1) << (num_bits * plane)
-    return f"and.b32 $0, $1, 0x{mask | mask << 16:08x};"
+def _mask(num_bits: int, plane: int) -> int:
+    return ((1 << num_bits) - 1) << (num_bits * plane)
 
 
 @constexpr_function
-def _mask(num_bits: int, plane: int) -> int:
-    return ((1 << num_bits) - 1) << (num_bits * plane)
+def _mask_asm(num_bits: int, plane: int) -> str:
+    mask = _mask(num_bits, plane)
+    return f"and.b32 $0, $1, 0x{mask | mask << 16:08x};"
 
 
 @jit
@@ -116,7 +117,7 @@ def allocate_page(STAGES: tl.constexpr, SPEC: tl.constexpr):
         Key codes, key scales and minima (channel axis: two buffers; token axis: one, twice), value
         codes, value scales and minima (token axis only).
     """
-    LAYOUT: tl.constexpr = shared_layout(2)
+    LAYOUT: tl.constexpr = shared_layout()
     keys = gl.allocate_shared_memory(gl.int16, [STAGES, PAGE, key_words(SPEC)], LAYOUT)
     if SPEC.k.per_channel:
         WIDTH: tl.constexpr = 2 * key_words(SPEC)
@@ -149,7 +150,7 @@ def _copy_tile(
         buffer = buffer.reshape([ROWS * COLS])
         async_copy.async_copy_global_to_shared(buffer, ptrs, mask=wanted)
     else:
-        LAYOUT: tl.constexpr = copy_layout(ALL_ROWS, ALL_COLS)
+        LAYOUT: tl.constexpr = copy_layout(ALL_COLS)
         rows = gl.arange(0, ALL_ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
         cols = gl.arange(0, ALL_COLS, gl.SliceLayout(0, LAYOUT))[None, :]
         mask = (rows < ROWS) & (cols < COLS) & wanted
@@ -301,17 +302,17 @@ def split_key_scales(scales, SPEC: tl.constexpr):
 def key_scale(scales, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
     """float16 [words, 1]: scales of one byte half and plane, in the right operand's layout."""
     part = scales[_key_part(num_planes(SPEC.k), half, plane)]
-    from_b: tl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(1, mma_layout(), 2))
-    return gl.convert_layout(part, from_b, assert_trivial=True)[:, None]
+    return gl.convert_layout(part, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
 
 
 @jit
 def channel_operand(vector, SPEC: tl.constexpr):
-    """A [padded_dim] vector as left operand [16, padded_dim] whose rows are all alike."""
+    """A [1, padded_dim] vector as left operand [16, padded_dim] whose rows are all alike."""
     DIM: tl.constexpr = padded_dim(SPEC)
-    vector = gl.permute(gl.reshape(vector, [DIM // 32, 4, 2, 2, 2]), [0, 2, 3, 1, 4])
     vector = gl.convert_layout(
-        gl.reshape(vector, [DIM]), gl.SliceLayout(0, a_layout()), assert_trivial=True
+        gl.reshape(columns_in_order(vector, 1, DIM), [DIM]),
+        gl.SliceLayout(0, a_layout()),
+        assert_trivial=True,
     )
     rows, _ = gl.broadcast(vector[None, :], gl.zeros([16, 1], gl.bfloat16, a_layout()))
     return rows

@@ -10,10 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgl_kvq.kernels._layouts import (
+    PAGE,
+    next_power_of_2,
+    num_groups,
+    num_planes,
+    plane_width,
+)
 from sgl_kvq.kernels._rotation import rotate_tile
 from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
-PAGE: tl.constexpr = tl.constexpr(64)
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 # Index tensors, whose address must not make Triton compile another variant.
 TOUCHED = (
@@ -21,30 +27,6 @@ TOUCHED = (
     "is_first_ptr",
 )
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
-
-
-@triton.constexpr_function
-def planes_of(coding):
-    """Codes in a byte; 1 for 16-bit rows."""
-    return max(1, 8 // coding.num_bits)
-
-
-@triton.constexpr_function
-def width_of(coding, head_dim):
-    """Channels of one plane."""
-    return head_dim // max(1, 8 // coding.num_bits)
-
-
-@triton.constexpr_function
-def padded(n):
-    """Power of two."""
-    return 1 << (n - 1).bit_length()
-
-
-@triton.constexpr_function
-def groups_of(coding, head_dim):
-    """Groups of channels of a token."""
-    return head_dim // coding.group_channels
 
 
 @triton.jit
@@ -83,13 +65,12 @@ def _codes(x, scales, mins, MAX_CODE: tl.constexpr, HALF_UP: tl.constexpr):
 @triton.jit
 def _close(
     x, channel, valid, num_sinks, head_ptr,
-    CODING: tl.constexpr, IS_KEY: tl.constexpr, SUM_BYTES: tl.constexpr, SPEC: tl.constexpr,
+    CODING: tl.constexpr, IS_KEY: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Quantize 64 finite rows [64, positions] (float32) and write all fields of K or of V."""
-    D: tl.constexpr = SPEC.head_dim
-    PLANES: tl.constexpr = planes_of(CODING)
-    WIDTH: tl.constexpr = width_of(CODING, D)
-    PADDED: tl.constexpr = padded(WIDTH)
+    PLANES: tl.constexpr = num_planes(CODING)
+    WIDTH: tl.constexpr = plane_width(SPEC, CODING)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
     MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
     if CODING.rotation > 1:
         x = rotate_tile(x, channel, CODING.rotation, WIDTH, PADDED)
@@ -106,7 +87,7 @@ def _close(
     else:
         element_scales = tl.full(x.shape, 1.0, tl.float32)
         element_mins = tl.zeros(x.shape, tl.float32)
-        for group in tl.static_range(groups_of(CODING, D)):
+        for group in tl.static_range(num_groups(SPEC, CODING)):
             inside = (valid & (channel // CODING.group_channels == group))[None, :]
             low = tl.min(tl.where(inside, x, float("inf")), axis=1)
             high = tl.max(tl.where(inside, x, float("-inf")), axis=1)
@@ -129,7 +110,7 @@ def _close(
     tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
     if CODING.sums > 0:
         sums_ptr = head_ptr + CODING.sums
-        if not SUM_BYTES:
+        if not CODING.sums_are_bytes:
             sums_ptr = sums_ptr.to(tl.pointer_type(tl.int16))
         if IS_KEY:
             for part in tl.static_range(SPEC.head_dim // SPEC.partition):
@@ -146,15 +127,14 @@ def _append_tensor(
     fresh_ptr, stride_t, stride_h, which: tl.constexpr, head, page, slot, sink_slot, prior,
     first, end, start, is_first_page,
     pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
-    SINKS: tl.constexpr, KEEP: tl.constexpr, CODING: tl.constexpr, SUM_BYTES: tl.constexpr,
-    SPEC: tl.constexpr,
+    SINKS: tl.constexpr, KEEP: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One page's fresh rows first to end - 1 of K (which = 0) or V (which = 1) of one head."""
     D: tl.constexpr = SPEC.head_dim
     ROW: tl.constexpr = SPEC.num_kv_heads * D
-    PLANES: tl.constexpr = planes_of(CODING)
-    WIDTH: tl.constexpr = width_of(CODING, D)
-    PADDED: tl.constexpr = padded(WIDTH)
+    PLANES: tl.constexpr = num_planes(CODING)
+    WIDTH: tl.constexpr = plane_width(SPEC, CODING)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
     position = tl.arange(0, PLANES * PADDED)
     channel = (position // PADDED) * WIDTH + position % PADDED
     valid = position % PADDED < WIDTH
@@ -172,9 +152,8 @@ def _append_tensor(
         ptrs = prior_rows_ptr + prior.to(tl.int64) * (2 * PAGE * ROW) + in_slot
         earlier = tl.load(ptrs, mask=(tokens < first)[:, None] & valid[None, :], other=0.0)
         x = tl.where((tokens < first)[:, None], earlier, x)
-        limit = LARGEST
         wide = x.to(tl.float32)
-        contained = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -limit), limit), 0.0)
+        contained = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -LARGEST), LARGEST), 0.0)
         count = tl.sum(tl.sum((contained != wide).to(tl.int32), axis=1), axis=0)
         if count > 0:
             tl.atomic_add(num_contained_ptr, count.to(tl.int64))
@@ -192,7 +171,7 @@ def _append_tensor(
         else:
             _close(
                 contained, channel, valid, num_sinks, head_ptr,
-                CODING, which == 0, SUM_BYTES, SPEC,
+                CODING, which == 0, SPEC,
             )  # fmt: skip
 
 
@@ -221,12 +200,12 @@ def _append_fwd_kernel(
             k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_slot, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
-            SINKS, KEEP, K, SPEC.k_sums_are_bytes, SPEC,
+            SINKS, KEEP, K, SPEC,
         )  # fmt: skip
     else:
         _append_tensor(
             v_ptr, stride_vt, stride_vh, 1, head, page, slot, sink_slot, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
-            SINKS, KEEP, V, SPEC.v_sums_are_bytes, SPEC,
+            SINKS, KEEP, V, SPEC,
         )  # fmt: skip

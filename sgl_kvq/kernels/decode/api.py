@@ -67,9 +67,8 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query a request over its whole cached sequence.
 
-    Scores and values are computed from the codes in the registers of the tensor cores. Nothing
-    waits for the device and nothing is allocated when `out` and `lse` are given, so the call can be
-    captured in a CUDA graph; a replay reads the page table anew.
+    Scores and values are computed from the codes in registers. Nothing waits for the device, so the
+    call can be captured in a CUDA graph; a replay reads the page table anew.
 
     Args:
         q: [batch, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, last dim contiguous.

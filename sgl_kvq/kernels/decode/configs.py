@@ -9,7 +9,7 @@ import torch
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels._page_spec import PageSpec
 
-_ROWS_PER_UNIT = 16  # of the open page
+ROWS_PER_UNIT = 16  # of the open page
 _SWITCH_UNITS = 4  # what starting on another head costs, in units
 _RESERVED_BYTES = 1024  # shared memory the driver keeps for each block
 
@@ -31,7 +31,7 @@ class DecodeConfig:
 
 def tail_units(sink_tokens: int) -> int:
     """Units of work of a request and head besides its closed pages; see `kernel.py`."""
-    return PAGE_SIZE // _ROWS_PER_UNIT + (1 if sink_tokens else 0) + _SWITCH_UNITS
+    return PAGE_SIZE // ROWS_PER_UNIT + (1 if sink_tokens else 0) + _SWITCH_UNITS
 
 
 def decode_config(spec: PageSpec, device: torch.device) -> DecodeConfig:

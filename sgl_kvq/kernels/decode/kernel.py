@@ -36,6 +36,7 @@ from sgl_kvq.kernels._tiles import (
     CODE_UNIT,
     allocate_page,
 )
+from sgl_kvq.kernels.decode.configs import ROWS_PER_UNIT
 from sgl_kvq.kernels.decode.operands import (
     code_queries,
     min_queries,
@@ -52,7 +53,7 @@ from sgl_kvq.kernels.decode.rows import (
     prefetch_rows,
 )
 
-CHUNK: tl.constexpr = tl.constexpr(16)  # 16-bit rows of one unit
+CHUNK: tl.constexpr = tl.constexpr(ROWS_PER_UNIT)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 # Arguments whose value or address must not make Triton compile another variant.
 PAGE_TABLE = (

@@ -62,7 +62,7 @@ def _score_page(
     upper = upper_bytes(lower)
     scales = buffers[1].index(stage)
     if SPEC.k.per_channel:
-        # float16 holds them: rows are at most 65504 in size when they are quantized.
+        # float16 holds them: rows are at most LARGEST_MAGNITUDE in size when they are quantized.
         scales = widen(scales.load(channel_meta_layout(SPEC))).to(gl.float16)
         parts = split_key_scales(scales, SPEC)
         s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())

@@ -25,7 +25,6 @@ def to_device(data: RandomCache, device: str) -> RandomCache:
         data,
         cache=PagedCache(**moved(data.cache)),
         table=PageTable(**moved(data.table)),
-        kv=data.kv,
     )
 
 
