@@ -22,7 +22,7 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
     """
     shape, width = x.shape, 1
     while width < order:
-        a, b = x.reshape(*shape[:-1], -1, 2, width).unbind(-2)
+        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2)
         width *= 2
     return x.reshape(shape) * (1 / order**0.5)

@@ -32,6 +32,19 @@ class PagedCache:
 
 
 @dataclass(frozen=True)
+class SlotMaps:
+    """Which slot a page's 16-bit rows lie in; int64 [num_pages] each, 0 (padding) without one.
+
+    Args:
+        open_slot_of: Open slot of a page; the last one after it closed.
+        sink_slot_of: Sink slot of a page that holds position 0.
+    """
+
+    open_slot_of: torch.Tensor
+    sink_slot_of: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PageTable:
     """Pages of a batch in FlashInfer's terms, page size 64; the last page counts as open.
 

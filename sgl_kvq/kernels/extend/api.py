@@ -1,0 +1,181 @@
+"""Extend attention over a quantized cache: the operation that callers use on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.kernels._page_spec import page_spec
+from sgl_kvq.kernels.append.api import TouchedPages
+from sgl_kvq.kernels.extend.configs import prefill_head_dim
+from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
+from sgl_kvq.kernels.extend.plan import AttentionPass
+from sgl_kvq.kernels.paged_cache import PagedCache
+
+
+class PrefillAttention(Protocol):
+    """Attention in 16 bits over keys in the scratch buffer."""
+
+    def plan(self, passes: list[AttentionPass]) -> None:
+        """Prepare the passes of a forward."""
+
+    def run(
+        self,
+        index: int,
+        step: AttentionPass,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend: pass number `index`.
+
+        Args:
+            index: Position of the pass in the plan.
+            step: The pass.
+            q: [tokens, num_qo_heads, head_dim], rows of the pass.
+            k: [scratch tokens, num_kv_heads, head_dim].
+            v: Like k.
+            out: Like q, written.
+            lse: float32 [tokens, num_qo_heads] in log base 2, written.
+        """
+
+    def merge(
+        self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    ) -> None:
+        """Merge a result over other keys into (out, lse)."""
+
+
+@dataclass(frozen=True)
+class ScratchFills:
+    """Pages that a pass writes to the scratch buffer; int32 [n] each.
+
+    Args:
+        pages: Page row to dequantize; not read for touched pages.
+        sink_slots: Sink slot of a closed first page; 0 for other pages.
+        touched: Index of the touched page whose 16-bit rows to copy, or -1.
+        targets: Token of the scratch buffer where row 0 goes.
+    """
+
+    pages: torch.Tensor
+    sink_slots: torch.Tensor
+    touched: torch.Tensor
+    targets: torch.Tensor
+
+
+class ExtendWorkspace:
+    """Scratch buffer for K and V in 16 bits, reused by every pass and layer (one stream only).
+
+    Args:
+        layout: Of the pages.
+        num_pages: Pages it holds at first.
+        device: Where it lives.
+    """
+
+    def __init__(self, layout: PageLayout, num_pages: int, device: torch.device | str) -> None:
+        self._layout = layout
+        self._device = device
+        self._allocate(num_pages)
+
+    def _allocate(self, num_pages: int) -> None:
+        layout = self._layout
+        dim = prefill_head_dim(layout.head_dim)
+        shape = (2, num_pages * PAGE_SIZE, layout.num_kv_heads, dim)
+        # Zeros: channels beyond head_dim are never written and must not count.
+        self.kv = torch.zeros(shape, dtype=layout.row_dtype, device=self._device)
+
+    def reserve(self, num_pages: int) -> None:
+        """Make room for `num_pages`."""
+        if num_pages * PAGE_SIZE > self.kv.shape[1]:
+            self._allocate(num_pages)
+
+
+def fill_scratch(
+    cache: PagedCache,
+    layout: PageLayout,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    fills: ScratchFills,
+    touched: TouchedPages,
+    prior_rows: torch.Tensor,
+    workspace: ExtendWorkspace,
+) -> None:
+    """Write pages to the scratch buffer: dequantized codes, or 16-bit rows as they are.
+
+    Args:
+        cache: The layer's storage; sink tokens come from its 16-bit rows.
+        layout: Of the pages.
+        k: [tokens, num_kv_heads, head_dim] of `layout.row_dtype`, channels contiguous.
+        v: Like k.
+        fills: What goes where.
+        touched: The step's touched pages.
+        prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], earlier rows of resumed pages.
+        workspace: Written.
+    """
+    _fill_fwd_kernel[(len(fills.pages), layout.num_kv_heads, 2)](
+        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        fills.pages, fills.sink_slots, fills.touched, fills.targets,
+        touched.prior, touched.first, touched.end, touched.start,
+        cache.pages, prior_rows, cache.sink_rows, workspace.kv[0], workspace.kv[1],
+        SINKS=cache.sink_tokens, OUT_DIM=workspace.kv.shape[3], SPEC=page_spec(layout),
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: PagedCache,
+    layout: PageLayout,
+    passes: list[AttentionPass],
+    fills: list[ScratchFills],
+    touched: TouchedPages,
+    prior_rows: torch.Tensor,
+    attention: PrefillAttention,
+    workspace: ExtendWorkspace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of fresh tokens over their whole sequences.
+
+    Pages of codes are dequantized to 16 bits into a buffer of bounded size, a pass at a time: a
+    matrix product of many rows is bound by the tensor cores, for which FlashInfer's kernels are
+    fast, and dequantizing is a few percent of it.
+
+    Args:
+        q: [tokens, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, requests one after
+            the other.
+        k: [tokens, num_kv_heads, head_dim], likewise.
+        v: Like k.
+        cache: The layer's storage, with this step's rows appended.
+        layout: Of the pages.
+        passes: Of `plan_extend`, planned by `attention`.
+        fills: Of each pass, on the device.
+        touched: Pages that got rows in this step.
+        prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], rows that resumed pages held before.
+        attention: Runs the passes.
+        workspace: Scratch buffer.
+
+    Returns:
+        (out like q, lse float32 [tokens, num_qo_heads] in log base 2 as FlashInfer's).
+    """
+    head_dim = q.shape[2]
+    padding = workspace.kv.shape[3] - head_dim
+    q = torch.nn.functional.pad(q, (0, padding)) if padding else q.contiguous()
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    keys, values = workspace.kv
+    for index, (step, fill) in enumerate(zip(passes, fills, strict=True)):
+        fill_scratch(cache, layout, k, v, fill, touched, prior_rows, workspace)
+        rows = slice(step.q_begin, step.q_end)
+        if not step.merges:
+            attention.run(index, step, q[rows], keys, values, out[rows], lse[rows])
+            continue
+        other, other_lse = torch.empty_like(out[rows]), torch.empty_like(lse[rows])
+        attention.run(index, step, q[rows], keys, values, other, other_lse)
+        attention.merge(out[rows], lse[rows], other, other_lse)
+    return out[..., :head_dim], lse

@@ -1,0 +1,21 @@
+"""Sizes of the extend operation."""
+
+from __future__ import annotations
+
+from sgl_kvq.config import PAGE_SIZE
+
+# Bytes of 16-bit K and V that a pass over the cached prefix may take. One buffer serves all layers.
+SCRATCH_BYTES = 128 << 20
+
+# Head sizes that FlashInfer's prefill kernels exist for; others are padded to the next one.
+PREFILL_HEAD_DIMS = (64, 128, 256)
+
+
+def prefill_head_dim(head_dim: int) -> int:
+    """Channels that a head takes in the scratch buffer."""
+    return next(dim for dim in PREFILL_HEAD_DIMS if dim >= head_dim)
+
+
+def scratch_pages(num_kv_heads: int, head_dim: int) -> int:
+    """Pages of 16-bit K and V that fit in the scratch buffer."""
+    return SCRATCH_BYTES // (4 * PAGE_SIZE * num_kv_heads * prefill_head_dim(head_dim))

@@ -1,0 +1,309 @@
+"""Cut an extend batch into attention passes over a bounded scratch buffer (pure arithmetic).
+
+Keys of a batch are laid out in the scratch buffer page by page: closed pages from their codes,
+pages this step writes to from their 16-bit rows. Requests share a pass while they fit; a prefix
+larger than the buffer is attended to in several passes, whose results are merged by LSE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sgl_kvq.config import PAGE_SIZE
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TouchedPlan:
+    """Pages that get fresh rows; int32 [n] each, requests one after the other.
+
+    Args:
+        request: Which request of the batch.
+        page: Page index in its sequence.
+        resumed: Which of the resumed pages (those with rows of earlier steps) this is, else 0.
+        first: First fresh row in the page.
+        end: One after the last fresh row.
+        start: Row of k and v that becomes row `first`.
+    """
+
+    request: IntArray
+    page: IntArray
+    resumed: IntArray
+    first: IntArray
+    end: IntArray
+    start: IntArray
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """Pages to write to the scratch buffer; int32 [n] each.
+
+    Args:
+        request: Which request of the batch.
+        page: Page index in its sequence.
+        touched: Index of the touched page whose 16-bit rows to copy; -1: dequantize the codes.
+        target: Token of the scratch buffer where row 0 goes.
+    """
+
+    request: IntArray
+    page: IntArray
+    touched: IntArray
+    target: IntArray
+
+
+@dataclass(frozen=True)
+class AttentionPass:
+    """One attention call: rows `q_begin` to `q_end` of q against what `fills` wrote.
+
+    Args:
+        fills: What the scratch buffer holds.
+        q_begin, q_end: Rows of q.
+        qo_indptr: int32 [n + 1], rows of q of each sequence, counted from `q_begin`.
+        kv_indptr: int32 [n + 1], tokens of the scratch buffer, or entries of `kv_indices`.
+        kv_indices: int32 pages of the scratch buffer, so that sequences may share them; None: the
+            keys of a sequence lie in one piece.
+        kv_last_page_len: int32 [n], rows in the last page; None without `kv_indices`.
+        causal: The last query sees the last key, the one before it one less, and so on.
+        merges: These rows have a result already, of other keys.
+    """
+
+    fills: FillPlan
+    q_begin: int
+    q_end: int
+    qo_indptr: IntArray
+    kv_indptr: IntArray
+    kv_indices: IntArray | None
+    kv_last_page_len: IntArray | None
+    causal: bool
+    merges: bool
+
+
+@dataclass(frozen=True)
+class ExtendPlan:
+    """A batch: what is written, and the passes that attend to it.
+
+    Args:
+        touched: Pages that get fresh rows.
+        resumed_requests: int32 [m], requests whose first touched page has rows of earlier steps.
+        passes: In the order to run them.
+        scratch_pages: Largest number of pages a pass fills.
+    """
+
+    touched: TouchedPlan
+    resumed_requests: IntArray
+    passes: list[AttentionPass]
+    scratch_pages: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request; pages count from the start of its sequence."""
+
+    index: int
+    prefix_len: int
+    seq_len: int
+    q_start: int
+    touched_start: int
+    quantized: bool
+
+    @property
+    def first_touched(self) -> int:
+        return self.prefix_len // PAGE_SIZE
+
+    @property
+    def last_page(self) -> int:
+        return (self.seq_len - 1) // PAGE_SIZE
+
+    @property
+    def num_touched(self) -> int:
+        return self.last_page - self.first_touched + 1
+
+    @property
+    def num_closed(self) -> int:
+        """Pages read in codes: those before it; in quantized mode all but the last one."""
+        return self.last_page if self.quantized else self.first_touched
+
+    @property
+    def scratch_pages(self) -> int:
+        return self.num_closed + self.num_touched
+
+    @property
+    def smallest_pass(self) -> int:
+        """Pages that must be in one pass: the causal part cannot be cut."""
+        return self.scratch_pages - self.first_touched
+
+    @property
+    def q_end(self) -> int:
+        return self.q_start + self.seq_len - self.prefix_len
+
+
+def plan_extend(
+    prefix_lens: list[int], extend_lens: list[int], quantized_prefill: bool, max_pages: int
+) -> ExtendPlan:
+    """Plan a batch.
+
+    Args:
+        prefix_lens: Cached tokens of each request.
+        extend_lens: Fresh tokens of each request, at least 1.
+        quantized_prefill: A query reads every closed page in codes, also one that closes in this
+            step; otherwise only those closed before it.
+        max_pages: Pages of the scratch buffer; a request whose causal part alone needs more gets
+            a larger pass (`ExtendPlan.scratch_pages` says how large).
+    """
+    requests = []
+    q_start = touched_start = 0
+    for index, (prefix_len, extend_len) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
+        seq_len = prefix_len + extend_len
+        request = _Request(index, prefix_len, seq_len, q_start, touched_start, quantized_prefill)
+        requests.append(request)
+        q_start += extend_len
+        touched_start += request.num_touched
+    resumed = [request for request in requests if request.prefix_len % PAGE_SIZE]
+    passes = _plan_passes(requests, max_pages)
+    return ExtendPlan(
+        touched=_touched(requests, {request.index: n for n, request in enumerate(resumed)}),
+        resumed_requests=np.array([request.index for request in resumed], np.int32),
+        passes=passes,
+        scratch_pages=max(len(step.fills.page) for step in passes),
+    )
+
+
+def _touched(requests: list[_Request], resumed: dict[int, int]) -> TouchedPlan:
+    parts = []
+    for request in requests:
+        page = np.arange(request.first_touched, request.last_page + 1, dtype=np.int32)
+        first = np.maximum(request.prefix_len - page * PAGE_SIZE, 0)
+        start = request.q_start + page * PAGE_SIZE + first - request.prefix_len
+        end = np.minimum(request.seq_len - page * PAGE_SIZE, PAGE_SIZE)
+        prior = np.full_like(page, resumed.get(request.index, 0))
+        parts.append((np.full_like(page, request.index), page, prior, first, end, start))
+    columns = [np.concatenate(column).astype(np.int32) for column in zip(*parts, strict=True)]
+    return TouchedPlan(*columns)
+
+
+def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass]:
+    """Requests share a pass while they fit; the prefix of one that does not is cut off before."""
+    passes: list[AttentionPass] = []
+    group: list[_Request] = []
+    for request in requests:
+        used = sum(member.scratch_pages for member in group)
+        if group and used + request.scratch_pages > max_pages:
+            passes.append(_final_pass(group, 0))
+            group = []
+        if request.scratch_pages <= max_pages:
+            group.append(request)
+            continue
+        room = max(max_pages, request.smallest_pass)
+        num_leading = request.scratch_pages - room
+        for begin in range(0, num_leading, room):
+            end = min(begin + room, num_leading)
+            passes.append(_leading_pass(request, begin, end))
+        passes.append(_final_pass([request], num_leading))
+    if group:
+        passes.append(_final_pass(group, 0))
+    return passes
+
+
+def _leading_pass(request: _Request, begin: int, end: int) -> AttentionPass:
+    """All queries of a request against closed pages `begin` to `end` before all of them."""
+    return AttentionPass(
+        fills=_fills([_closed_fill(request, begin, end, 0)]),
+        q_begin=request.q_start,
+        q_end=request.q_end,
+        qo_indptr=np.array([0, request.q_end - request.q_start], np.int32),
+        kv_indptr=np.array([0, (end - begin) * PAGE_SIZE], np.int32),
+        kv_indices=None,
+        kv_last_page_len=None,
+        causal=False,
+        merges=begin > 0,
+    )
+
+
+def _final_pass(group: list[_Request], num_leading: int) -> AttentionPass:
+    """The rest of some requests: closed pages from `num_leading` on, and touched ones."""
+    if group[0].quantized:
+        return _paged_pass(group, num_leading)
+    fills = []
+    kv_lens = []
+    for request in group:
+        begin = sum(kv_lens)
+        num_closed = request.num_closed - num_leading
+        fills.append(_closed_fill(request, num_leading, request.num_closed, begin))
+        fills.append(_touched_fill(request, begin + num_closed * PAGE_SIZE))
+        kv_lens.append(request.seq_len - num_leading * PAGE_SIZE)
+    return AttentionPass(
+        fills=_fills(fills),
+        q_begin=group[0].q_start,
+        q_end=group[-1].q_end,
+        qo_indptr=_indptr([request.q_end - request.q_start for request in group]),
+        kv_indptr=_indptr(kv_lens),
+        kv_indices=None,
+        kv_last_page_len=None,
+        causal=True,
+        merges=num_leading > 0,
+    )
+
+
+def _paged_pass(group: list[_Request], num_leading: int) -> AttentionPass:
+    """Quantized prefill: the queries of each page are a sequence of their own.
+
+    They see the pages before theirs in codes and their own page in 16 bits, so that sequences of
+    one request share pages of the scratch buffer.
+    """
+    fills = []
+    qo_lens, kv_pages, last_lens = [], [], []
+    next_page = 0
+    for request in group:
+        closed = np.arange(next_page, next_page + request.num_closed - num_leading, dtype=np.int32)
+        own = next_page + len(closed)
+        fills.append(_closed_fill(request, num_leading, request.num_closed, next_page * PAGE_SIZE))
+        fills.append(_touched_fill(request, own * PAGE_SIZE))
+        for page in range(request.first_touched, request.last_page + 1):
+            end = min(request.seq_len, (page + 1) * PAGE_SIZE)
+            qo_lens.append(end - max(request.prefix_len, page * PAGE_SIZE))
+            own_page = np.array([own + page - request.first_touched], np.int32)
+            kv_pages.append(np.concatenate([closed[: page - num_leading], own_page]))
+            last_lens.append(end - page * PAGE_SIZE)
+        next_page = own + request.num_touched
+    return AttentionPass(
+        fills=_fills(fills),
+        q_begin=group[0].q_start,
+        q_end=group[-1].q_end,
+        qo_indptr=_indptr(qo_lens),
+        kv_indptr=_indptr([len(pages) for pages in kv_pages]),
+        kv_indices=np.concatenate(kv_pages),
+        kv_last_page_len=np.array(last_lens, np.int32),
+        causal=True,
+        merges=num_leading > 0,
+    )
+
+
+def _closed_fill(request: _Request, begin: int, end: int, target: int) -> FillPlan:
+    page = np.arange(begin, end, dtype=np.int32)
+    places = target + (page - begin) * PAGE_SIZE
+    return FillPlan(np.full_like(page, request.index), page, np.full_like(page, -1), places)
+
+
+def _touched_fill(request: _Request, target: int) -> FillPlan:
+    count = np.arange(request.num_touched, dtype=np.int32)
+    return FillPlan(
+        np.full_like(count, request.index),
+        request.first_touched + count,
+        request.touched_start + count,
+        target + count * PAGE_SIZE,
+    )
+
+
+def _fills(parts: list[FillPlan]) -> FillPlan:
+    def join(name: str) -> IntArray:
+        return np.concatenate([getattr(part, name) for part in parts]).astype(np.int32)
+
+    return FillPlan(join("request"), join("page"), join("touched"), join("target"))
+
+
+def _indptr(lens: list[int]) -> IntArray:
+    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_rows, relative_error
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.kernels.append.api import append
+from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
+from sgl_kvq.kernels.extend.batch import upload_extend
+from sgl_kvq.kernels.extend.configs import prefill_head_dim
+from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
+from sgl_kvq.kernels.extend.plan import AttentionPass, plan_extend
+from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
+from sgl_kvq.kernels.pages import decode_keys, decode_values
+
+HEADS, GROUP, SINKS = 2, 3, 4
+
+
+class TorchAttention:
+    """What FlashInfer does with a pass, in plain torch."""
+
+    def __init__(self, sm_scale: float) -> None:
+        self.sm_scale = sm_scale
+
+    def plan(self, passes: list[AttentionPass]) -> None:
+        pass
+
+    def run(
+        self,
+        index: int,
+        step: AttentionPass,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        for n in range(len(step.qo_indptr) - 1):
+            rows = slice(int(step.qo_indptr[n]), int(step.qo_indptr[n + 1]))
+            keys, values = self._sequence(step, n, k), self._sequence(step, n, v)
+            group = q.shape[1] // k.shape[1]
+            keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
+            scores = torch.einsum("qhd,thd->hqt", q[rows].double(), keys) * self.sm_scale
+            if step.causal:
+                num_q, num_k = scores.shape[1:]
+                mask = torch.ones(num_q, num_k).tril(num_k - num_q) == 0
+                scores = scores.masked_fill(mask, -torch.inf)
+            out[rows] = torch.einsum("hqt,thd->qhd", scores.softmax(-1), values).to(out.dtype)
+            lse[rows] = (scores.logsumexp(-1) * 1.4426950408889634).T.float()
+
+    def _sequence(self, step: AttentionPass, n: int, x: torch.Tensor) -> torch.Tensor:
+        begin, end = int(step.kv_indptr[n]), int(step.kv_indptr[n + 1])
+        if step.kv_indices is None:
+            return x[begin:end]
+        pages = x.unflatten(0, (-1, PAGE_SIZE))[torch.from_numpy(step.kv_indices[begin:end]).long()]
+        return pages.flatten(0, 1)[: (end - begin - 1) * PAGE_SIZE + int(step.kv_last_page_len[n])]
+
+    def merge(
+        self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    ) -> None:
+        total = torch.logaddexp2(lse, other_lse)
+        both = out * (lse - total).exp2()[..., None] + other * (other_lse - total).exp2()[..., None]
+        out.copy_(both)
+        lse.copy_(total)
+
+
+class Sequences:
+    """Requests that grow chunk by chunk in a poisoned cache."""
+
+    def __init__(self, name: str, head_dim: int, totals: list[int], device: str) -> None:
+        self.generator = torch.Generator().manual_seed(head_dim + len(name))
+        self.device = device
+        self.layout = PageLayout(get_format(name), head_dim, HEADS)
+        shape = (HEADS, head_dim)
+        self.kv = [
+            [random_rows((n, *shape), self.generator).to(device) for _ in range(2)] for n in totals
+        ]
+        self.q = [
+            torch.randn((n, HEADS * GROUP, head_dim), generator=self.generator)
+            .bfloat16()
+            .to(device)
+            for n in totals
+        ]
+        self.lens = [0] * len(totals)
+        counts = [-(-n // PAGE_SIZE) for n in totals]
+        pages = torch.randperm(2 * sum(counts), generator=self.generator)[: sum(counts)] + 1
+        self.pages = list(pages.split(counts))
+        context = max(counts) * PAGE_SIZE
+        req_to_token = torch.zeros((len(totals) + 1, context), dtype=torch.int32)
+        for row, own in enumerate(self.pages):
+            tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+            req_to_token[row + 1, : tokens.numel()] = tokens.flatten()
+        self.req_to_token = req_to_token.to(device)
+        num_pages = 2 * sum(counts) + 1
+        rows = (len(totals) + 1, 2)
+        self.cache = PagedCache(
+            torch.full((num_pages, self.layout.page_bytes), 0xFF, dtype=torch.uint8, device=device),
+            torch.full((*rows, PAGE_SIZE, *shape), torch.nan, dtype=torch.bfloat16, device=device),
+            torch.full((*rows, SINKS, *shape), torch.nan, dtype=torch.bfloat16, device=device),
+        )
+        slot_of = torch.zeros(num_pages, dtype=torch.int64)
+        for row, own in enumerate(self.pages):
+            slot_of[own] = row + 1
+        self.slots = SlotMaps(slot_of.to(device), slot_of.to(device))
+        self.workspace = ExtendWorkspace(self.layout, 4, device)
+
+    def fresh(self, requests: list[int], chunks: list[int]) -> list[torch.Tensor]:
+        """q, k and v of the next chunk of some requests."""
+        parts = []
+        for source in (self.q, [kv[0] for kv in self.kv], [kv[1] for kv in self.kv]):
+            rows = [
+                source[r][self.lens[r] : self.lens[r] + n]
+                for r, n in zip(requests, chunks, strict=True)
+            ]
+            parts.append(torch.cat(rows))
+        return parts
+
+    def step(
+        self, requests: list[int], chunks: list[int], quantized: bool, max_pages: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the next chunk of some requests and attend."""
+        prefix_lens = [self.lens[r] for r in requests]
+        q, k, v = self.fresh(requests, chunks)
+        plan = plan_extend(prefix_lens, chunks, quantized, max_pages)
+        rows = torch.tensor([r + 1 for r in requests], device=self.device)
+        batch = upload_extend(plan, self.req_to_token, rows, self.slots)
+        prior_rows = batch.prior_rows(self.cache)
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        append(self.cache, self.layout, k, v, batch.touched, count, prior_rows)
+        self.num_contained = int(count)
+        self.workspace.reserve(plan.scratch_pages)
+        attention = self.attention()
+        attention.plan(plan.passes)
+        out = extend(
+            q, k, v, self.cache, self.layout, batch.passes, batch.fills, batch.touched,
+            prior_rows, attention, self.workspace,
+        )  # fmt: skip
+        for r, n in zip(requests, chunks, strict=True):
+            self.lens[r] += n
+        return out
+
+    def attention(self) -> Any:
+        head_dim = self.layout.head_dim
+        scale = head_dim**-0.5
+        if self.device == "cpu":
+            return TorchAttention(scale)
+        return FlashInferAttention(
+            HEADS * GROUP,
+            HEADS,
+            prefill_head_dim(head_dim),
+            torch.bfloat16,
+            scale,
+            self.device,
+        )
+
+    def expected(
+        self, request: int, prefix_len: int, quantized: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp64 (out, lse) of the tokens from `prefix_len` on, from what each may see."""
+        seq_len = self.lens[request]
+        exact = [x[:seq_len].double().cpu() for x in self.kv[request]]
+        rows = self.cache.pages[self.pages[request][: seq_len // PAGE_SIZE]].cpu()
+        closed = []
+        for decode, x in zip((decode_keys, decode_values), exact, strict=True):
+            values = decode(rows, self.layout).double().transpose(1, 2).flatten(0, 1)
+            values[:SINKS] = x[: min(SINKS, len(values))]
+            closed.append(values)
+        outs, lses = [], []
+        for position in range(prefix_len, seq_len):
+            seen = position if quantized else prefix_len
+            num_closed = seen // PAGE_SIZE * PAGE_SIZE
+            k, v = (
+                torch.cat([codes[:num_closed], x[num_closed : position + 1]])
+                for codes, x in zip(closed, exact, strict=True)
+            )
+            q = self.q[request][position].double().cpu().view(HEADS, GROUP, -1)
+            scores = torch.einsum("hgd,thd->hgt", q, k) * self.layout.head_dim**-0.5
+            outs.append(torch.einsum("hgt,thd->hgd", scores.softmax(-1), v).flatten(0, 1))
+            lses.append(scores.logsumexp(-1).flatten() * 1.4426950408889634)
+        return torch.stack(outs), torch.stack(lses)
+
+
+def check(
+    sequences: Sequences,
+    requests: list[int],
+    chunks: list[int],
+    quantized: bool,
+    max_pages: int,
+) -> None:
+    prefix_lens = [sequences.lens[r] for r in requests]
+    out, lse = sequences.step(requests, chunks, quantized, max_pages)
+    assert sequences.num_contained == 0
+    expected = [
+        sequences.expected(r, prefix_len, quantized)
+        for r, prefix_len in zip(requests, prefix_lens, strict=True)
+    ]
+    # Dequantized values and partial results are rounded to bfloat16 (2^-9, under the interpreter
+    # truncated, 2^-8); scores reach 16.
+    assert relative_error(out.cpu(), torch.cat([e[0] for e in expected])) < 8e-3
+    assert (lse.cpu() - torch.cat([e[1] for e in expected])).abs().max() < 16 * 2**-8
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("max_pages", [4, 100])
+@pytest.mark.parametrize("name", ["hack2", "saw4"])
+def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) -> None:
+    """Fresh, resumed and cached sequences in one batch, in one pass and in many."""
+    sequences = Sequences(name, 64, [330, 70, 150], device)
+    check(sequences, [0, 1], [320, 5], quantized, max_pages)
+    check(sequences, [0, 1, 2], [1, 60, 64], quantized, max_pages)
+    check(sequences, [2, 1, 0], [80, 1, 9], quantized, max_pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [*((name, 64) for name in format_names()), ("hack2", 128), ("k4v2", 256)]
+    + [(name, head_dim) for name in ("hack4", "saw4") for head_dim in (80, 96)],
+)
+def test_formats_and_head_dims(name: str, head_dim: int, device: str) -> None:
+    sequences = Sequences(name, head_dim, [140], device)
+    check(sequences, [0], [128], False, 8)
+    check(sequences, [0], [12], False, 8)
+
+
+def test_a_bad_row_stays_in_its_sequence(device: str) -> None:
+    """NaN in one request's key must not reach another request of the batch."""
+    sequences = Sequences("hack2", 64, [70, 70], device)
+    sequences.kv[0][1][3] = torch.nan
+    out, _ = sequences.step([0, 1], [66, 66], quantized=False, max_pages=8)
+    assert sequences.num_contained == 2 * 64
+    assert out[66:].isfinite().all()
