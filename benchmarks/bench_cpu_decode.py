@@ -9,7 +9,8 @@ scheduler polls, so the other one's processes are stopped by a signal.
 A rate is output tokens per second of the whole batch, counted from the moment when every request
 of the batch has its first token to the last token: it holds no prefill. The contexts are real
 text, different for each request of a batch, and lie in the server's prefix cache before the
-first measurement, that is, in quantized pages. Reported is the median of the repeats.
+first measurement, that is, in quantized pages. Reported is the median of the repeats. Rows of other
+CPUs in the CSV stay.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import requests
 from tabulate import tabulate
 
-from benchmarks.records import command_line, git_commit, write_csv
+from benchmarks.records import command_line, git_commit, read_csv, write_csv
 from benchmarks.servers import (
     Server,
     ServerError,
@@ -191,7 +192,8 @@ def main(argv: Sequence[str]) -> int:
     except (ServerError, OSError, ValueError) as error:
         print(f"benchmark failed: {error}", file=sys.stderr)
         return 1
-    write_csv(args.out, rows)
+    elsewhere = [row for row in read_csv(args.out) if row["cpu"] != cpu_name()]
+    write_csv(args.out, elsewhere + rows)
     shown = [{key: row[key] for key in SHAPE_COLUMNS + SPEED_COLUMNS} for row in rows]
     print(tabulate(shown, headers="keys", floatfmt=".2f"))
     print(f"{cpu_name()}; written to {args.out}")

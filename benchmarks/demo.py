@@ -28,20 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agents import QUESTION_TOKENS, Request, Workload, WorkloadSizes, summarize
+from benchmarks.kv_memory import PAGE_SIZE, STOCK, ModelShape, kv_flags, system_flags
 from benchmarks.records import git_commit
-from benchmarks.servers import (
-    Server,
-    ServerError,
-    hardware_name,
-    launch_server,
-)
+from benchmarks.servers import Server, ServerError, hardware_name, launch_server
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-BASELINE = "bf16"
-PAGE_SIZE = 64
 COMMON_FLAGS = (
     f"--page-size {PAGE_SIZE} --chunked-prefill-size 512 --max-running-requests 4 "
     "--enable-cache-report --random-seed 0 --log-level info"
@@ -50,31 +44,6 @@ WORKING_SET_RATIO = 4.0
 """Tokens of all transcripts over tokens that the 16-bit cache holds."""
 CPU_KV_TOKENS = 3328
 GPU_KV_TOKENS = 32768
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the KV cache's size depends on.
-
-    Attributes:
-        bytes_per_token: Bytes of one token's 16-bit keys and values in all layers.
-        context_tokens: Longest sequence that the model takes.
-    """
-
-    bytes_per_token: int
-    context_tokens: int
-
-    @classmethod
-    def read(cls, model: Path) -> ModelShape:
-        """Read the shape from a Hugging Face folder."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        bytes_per_token = config.num_hidden_layers * num_kv_heads * head_dim * 2 * 2
-        return cls(bytes_per_token, config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -124,14 +93,6 @@ def choose_sizes(kv_tokens: int, context_tokens: int, on_gpu: bool) -> WorkloadS
     return WorkloadSizes(num_agents, num_rounds, shared_tokens, private_tokens, answer_tokens)
 
 
-def kv_flags(kv_format: str, kv_bytes: int, shape: ModelShape) -> list[str]:
-    """Return the flags that give a server `kv_bytes` of KV memory in a format."""
-    if kv_format == BASELINE:
-        pages = kv_bytes // (shape.bytes_per_token * PAGE_SIZE)
-        return ["--max-total-tokens", str(pages * PAGE_SIZE)]
-    return ["--kv-quant", kv_format, "--kv-quant-memory-gb", f"{kv_bytes / 2**30:.9f}"]
-
-
 class Demo:
     """Runs the formats one after the other and keeps what the table and the plot need.
 
@@ -174,7 +135,7 @@ class Demo:
     def run(self, kv_format: str) -> Run:
         """Serve one format, let the agents work, score the answers."""
         self._console.rule(f"[bold]{kv_format}")
-        flags = kv_flags(kv_format, self.kv_bytes, self._shape)
+        flags = system_flags(kv_format) + kv_flags(kv_format, self.kv_bytes, self._shape)
         self._console.print(f"sglang.launch_server --model-path {self._model} {' '.join(flags)}")
         with self._console.status("starting the server") as status:
             log_path = self._out / f"server-{kv_format}.log"
@@ -198,7 +159,7 @@ class Demo:
     ) -> Run:
         """Put a run's figures together; the baseline's answers become the reference."""
         agreement, agreement_tokens, cached_share = None, 0, None
-        if kv_format == BASELINE:
+        if kv_format == STOCK:
             self._reference = answered
             agreement = 1.0
         elif self._reference:
@@ -338,8 +299,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=[BASELINE, "hack4", "hack2"],
-        help=f"{BASELINE} is stock SGLang, any other is given to --kv-quant",
+        default=[STOCK, "hack4", "hack2"],
+        help=f"{STOCK} is stock SGLang, any other is given to --kv-quant",
     )
     parser.add_argument("--kv-memory-gb", type=float, help="GiB of KV memory for every server")
     return parser.parse_args(argv)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 
+from benchmarks.records import read_csv
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def plot_decode(rows: list[dict[str, str]], path: Path) -> None:
@@ -67,7 +62,7 @@ def main() -> None:
     for path in parser.parse_args().files:
         if path.stem not in plots:
             parser.error(f"{path}: expected one of {', '.join(f'{name}.csv' for name in plots)}")
-        plots[path.stem](read(path), path.with_suffix(".png"))
+        plots[path.stem](read_csv(path), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

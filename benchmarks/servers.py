@@ -59,6 +59,20 @@ class Server:
         """Empty the radix cache; the server must be idle."""
         requests.post(f"{self.url}/flush_cache", timeout=30).raise_for_status()
 
+    def abort_all(self, timeout_s: float = 60) -> None:
+        """Abort every request and wait until the server is idle, with an empty radix cache.
+
+        Raises:
+            ServerError: It is not idle in time.
+        """
+        requests.post(f"{self.url}/abort_request", json={"abort_all": True}, timeout=30)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if requests.post(f"{self.url}/flush_cache", timeout=30).ok:
+                return
+            time.sleep(POLL_INTERVAL_S)
+        raise ServerError(f"server not idle {timeout_s:.0f} s after all requests were aborted")
+
     def pause(self) -> None:
         """Stop all processes of the server: an idle scheduler would keep polling on a core."""
         os.killpg(self.process.pid, signal.SIGSTOP)

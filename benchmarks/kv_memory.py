@@ -1,0 +1,59 @@
+"""The same bytes of KV memory for every system that is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_SIZE = 64
+STOCK = "bf16"
+STOCK_FP8 = "fp8"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the KV cache's size depends on.
+
+    Attributes:
+        bytes_per_token: Bytes of one token's 16-bit keys and values in all layers.
+        context_tokens: Longest sequence that the model takes.
+    """
+
+    bytes_per_token: int
+    context_tokens: int
+
+    @classmethod
+    def read(cls, model: Path) -> ModelShape:
+        """Read the shape from a Hugging Face folder."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        bytes_per_token = config.num_hidden_layers * num_kv_heads * head_dim * 2 * 2
+        return cls(bytes_per_token, config.max_position_embeddings)
+
+
+def kv_flags(system: str, kv_bytes: int, shape: ModelShape) -> list[str]:
+    """Return the flags that give a server `kv_bytes` of KV memory.
+
+    Args:
+        system: `STOCK`, `STOCK_FP8` (half the bytes of a token), or a value of `--kv-quant`.
+        kv_bytes: Everything included.
+        shape: Of the model.
+    """
+    if system in (STOCK, STOCK_FP8):
+        token_bytes = shape.bytes_per_token // (2 if system == STOCK_FP8 else 1)
+        pages = kv_bytes // (token_bytes * PAGE_SIZE)
+        return ["--max-total-tokens", str(pages * PAGE_SIZE)]
+    return ["--kv-quant-memory-gb", f"{kv_bytes / 2**30:.9f}"]
+
+
+def system_flags(system: str) -> list[str]:
+    """Return the flags that choose how a server stores KV."""
+    if system == STOCK:
+        return []
+    if system == STOCK_FP8:
+        return ["--kv-cache-dtype", "fp8_e4m3"]
+    return ["--kv-quant", system]

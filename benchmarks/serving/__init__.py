@@ -1,0 +1,1 @@
+"""Serving throughput: stock SGLang against `--kv-quant`, by SGLang's own `bench_serving`."""

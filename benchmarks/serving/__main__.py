@@ -1,0 +1,195 @@
+"""Serving throughput on one machine: stock bf16 and fp8 KV against `--kv-quant`.
+
+Usage: python -m benchmarks.serving [--systems bf16 fp8 hack2 hack4] [--workloads NAME ...]
+                                    [--kv-tokens N] [--budget-s S] [--out CSV]
+
+Servers run one after the other, each answers all workloads. Every row is written as soon as it is
+known; run again with the same CSV, the command goes on with what is missing. Without `--model` the
+servers load random weights of Llama-3.1-8B's geometry. Page size, prefix cache, CUDA graphs and
+scheduling stay SGLang's defaults; `--server-args` adds to every server's flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.kv_memory import STOCK, STOCK_FP8, ModelShape, kv_flags, system_flags
+from benchmarks.records import append_csv, command_line, git_commit, read_csv
+from benchmarks.servers import Server, ServerError, hardware_name, launch_server
+from benchmarks.serving.client import Outcome, run_workload
+from benchmarks.serving.model_folder import make_folder
+from benchmarks.serving.workloads import Workload, make_workloads
+
+DUMMY_MODEL = Path("out/llama-3.1-8b-geometry")
+BF16_TOKENS = 423_494
+"""What stock SGLang's bf16 pool holds on an H100 (80 GB) with an 8B model."""
+COMMON_FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0"
+MIN_WORKLOAD_S = 20.0
+SHOWN = ("workload", "system", "capacity_tokens", "output_tok_s", "total_tok_s", "ttft_p50_s")
+SHOWN += ("ttft_p99_s", "itl_p50_ms", "itl_p99_ms", "hit_rate", "status")
+
+
+class Bench:
+    """The systems and workloads of one invocation.
+
+    Args:
+        args: The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._deadline = time.monotonic() + args.budget_s
+        self._model = args.model or make_folder(DUMMY_MODEL)
+        self._shape = ModelShape.read(self._model)
+        known = make_workloads(args.kv_tokens or BF16_TOKENS)
+        chosen = [known[name] for name in args.workloads or known]
+        self._workloads = [workload.scaled(args.scale, args.length_scale) for workload in chosen]
+        self._done = {_key(row) for row in read_csv(args.out) if row["status"] == "ok"}
+
+    def run(self) -> None:
+        """Serve each system that has rows missing, until the time budget ends."""
+        for system in self._args.systems:
+            todo = [
+                workload
+                for workload in self._workloads
+                if _key(self._row(system, workload)) not in self._done
+            ]
+            if not todo:
+                print(f"{system}: every row is in {self._args.out}", flush=True)
+            elif self._left_s() < MIN_WORKLOAD_S:
+                print(f"{system}: left out, the time budget has ended", flush=True)
+            else:
+                self._serve(system, todo)
+
+    def _serve(self, system: str, workloads: Sequence[Workload]) -> None:
+        """Start one server and send it the workloads; its failure ends only this system."""
+        flags = self._server_flags(system)
+        print(f"{system}: {shlex.join(flags)}", flush=True)
+        log = self._args.out.parent / f"server-{system}.log"
+        try:
+            with launch_server(self._model, flags, log, min(300.0, self._left_s())) as server:
+                capacity = server.capacity_tokens()
+                print(f"{system}: {capacity:,} tokens, ready in {server.start_s:.0f} s", flush=True)
+                for workload in workloads:
+                    if self._left_s() < MIN_WORKLOAD_S:
+                        print(f"{system}: time budget ended before {workload.name}", flush=True)
+                        return
+                    self._measure(system, server, capacity, workload)
+        except ServerError as error:
+            print(f"{system}: {error}", file=sys.stderr, flush=True)
+
+    def _measure(self, system: str, server: Server, capacity: int, workload: Workload) -> None:
+        """Send one workload and write its row."""
+        limit_s = min(workload.timeout_s, self._left_s())
+        name = f"{system}-{workload.name}".replace("/", "-").replace(" ", "-")
+        outcome = run_workload(server, self._model, workload, self._args.out.parent / name, limit_s)
+        row = self._row(system, workload, capacity, outcome, server.start_s)
+        append_csv(self._args.out, row)
+        print(tabulate([{key: row[key] for key in SHOWN}], headers="keys"), flush=True)
+
+    def _server_flags(self, system: str) -> list[str]:
+        flags = [*COMMON_FLAGS.split(), *system_flags(system)]
+        running = max(workload.concurrency for workload in self._workloads)
+        flags += ["--max-running-requests", str(running)]
+        if self._args.model is None:
+            flags += ["--load-format", "dummy"]
+        if self._args.kv_tokens:
+            kv_bytes = self._args.kv_tokens * self._shape.bytes_per_token
+            flags += kv_flags(system, kv_bytes, self._shape)
+        else:
+            flags += ["--mem-fraction-static", str(self._args.mem_fraction)]
+        if system in (STOCK, STOCK_FP8) and self._args.stock_backend:
+            flags += ["--attention-backend", self._args.stock_backend]
+        return flags + shlex.split(self._args.server_args)
+
+    def _row(
+        self,
+        system: str,
+        workload: Workload,
+        capacity: int | None = None,
+        outcome: Outcome | None = None,
+        start_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Return a CSV row; the first columns are the results, the rest says how they came."""
+        figures = asdict(outcome or Outcome("missing", 0, 0.0))
+        status = {key: figures.pop(key) for key in ("status", "completed", "duration_s")}
+        rounded = {
+            key: None if value is None else round(value, 4) for key, value in figures.items()
+        }
+        return {
+            "workload": workload.name,
+            "system": system,
+            "capacity_tokens": capacity,
+            **rounded,
+            **status,
+            "input_tokens": workload.input_tokens + workload.prefix_tokens,
+            "output_tokens": workload.output_tokens,
+            "concurrency": workload.concurrency,
+            "num_prompts": workload.num_prompts,
+            "kv_tokens": self._args.kv_tokens,
+            "start_s": start_s and round(start_s, 1),
+            "device": hardware_name(),
+            "model": self._model.name,
+            "sglang": version("sglang"),
+            "commit": git_commit(),
+            "command": command_line("serving", self._args.argv),
+        }
+
+    def _left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return what makes two rows the same measurement."""
+    names = ("workload", "system", "input_tokens", "output_tokens", "num_prompts", "kv_tokens")
+    return tuple(str(row[name] or "") for name in (*names, "device", "model"))
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; `argv` is kept for the CSV."""
+    names = list(make_workloads(BF16_TOKENS))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--systems", nargs="+", default=[STOCK, STOCK_FP8, "hack2", "hack4"],
+        help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant")  # fmt: skip
+    add("--workloads", nargs="+", choices=names, help=f"default: all of {names}")
+    add("--model", type=Path, help="folder with weights (default: random ones, 8B geometry)")
+    add("--kv-tokens", type=int,
+        help="bytes of KV memory for every server, in bf16 tokens, instead of --mem-fraction; also "
+        "shrinks the shared prefixes")  # fmt: skip
+    add("--mem-fraction", type=float, default=0.85, help="default: 0.85")
+    add("--scale", type=float, default=1.0, help="factor on the number of requests")
+    add("--length-scale", type=float, default=1.0, help="factor on lengths")
+    add("--stock-backend", default="flashinfer" if torch.cuda.is_available() else "",
+        help="attention backend of bf16 and fp8 (default: flashinfer on a GPU)")  # fmt: skip
+    add("--server-args", default="", help="further flags of every server, one string")
+    add("--budget-s", type=float, default=3600.0, help="start nothing after so many seconds")
+    add("--out", type=Path, default=Path("benchmarks/results/h100/serving.csv"))
+    args = parser.parse_args(argv)
+    args.argv = list(argv)
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark; return the exit status."""
+    args = parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    Bench(args).run()
+    rows = read_csv(args.out)
+    print(tabulate([{key: row[key] for key in SHOWN} for row in rows], headers="keys"))
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
