@@ -1,0 +1,451 @@
+"""The decode side of the wire: one connection to each prefill rank, nothing listens."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import ChecksumError, KvqError, TransferError, WireError
+from sgl_kvq.transfer.auth import secure_client
+from sgl_kvq.transfer.blocks import HeadRange, PoolAccess
+from sgl_kvq.transfer.handshake import digest
+from sgl_kvq.transfer.inbound import InPart, InTransfer
+from sgl_kvq.transfer.messages import (
+    Abort,
+    Ack,
+    Alive,
+    Done,
+    Fingerprint,
+    Hello,
+    Message,
+    Nack,
+    Refuse,
+    Welcome,
+    pack_message,
+    parse_message,
+)
+from sgl_kvq.transfer.metrics import TransferMetrics
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.thread import (
+    ALIVE_S,
+    BLOCK,
+    CONTROL,
+    FRAMES_A_ROUND,
+    Ticket,
+    TransferThread,
+)
+from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, BlockKind, parse_header
+
+logger = logging.getLogger(__name__)
+
+MAX_FINISHED = 1024
+
+
+class LinkState(Enum):
+    """Of a connection: nothing heard yet, handshake passed, handshake refused."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(eq=False)
+class Link:
+    """A connection to one prefill rank.
+
+    Args:
+        endpoint: tcp:// address.
+        identity: Routing id; kept over reconnects, so that the prefill rank knows who it is.
+        waiting: Nonce and ticket of rooms that have no pages yet.
+        parts: Rooms whose blocks arrive here.
+        finished: Nonce of rooms that ended well, in case the last message is lost.
+    """
+
+    endpoint: str
+    identity: bytes
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    state: LinkState = LinkState.CONNECTING
+    reason: str = ""
+    instance: int | None = None
+    heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
+    said_hello: float = 0.0
+    last_heard: float = field(default_factory=time.monotonic)
+    waiting: dict[int, tuple[int, Ticket, float]] = field(default_factory=dict)
+    parts: dict[int, InPart] = field(default_factory=dict)
+    finished: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a room depends on it."""
+        return bool(self.waiting or self.parts)
+
+
+class DecodeThread(TransferThread):
+    """Receives blocks, verifies them and writes them to the pool.
+
+    Args:
+        config: The options.
+        access: The pool of this rank.
+        fingerprint: What the prefill instance must have in common.
+        instance: Drawn by this process, uint64.
+        on_success: Called with a transfer, under its ticket's lock, once all of it is written.
+        on_link_down: Called with the endpoint of a connection that broke.
+    """
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        access: PoolAccess,
+        fingerprint: Fingerprint,
+        instance: int,
+        on_success: Callable[[InTransfer], None] = lambda transfer: None,
+        on_link_down: Callable[[str], None] = lambda endpoint: None,
+    ) -> None:
+        super().__init__("kvq-transfer-decode")
+        self.config, self.access, self.instance = config, access, instance
+        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
+        self.metrics = TransferMetrics("decode")
+        self.links: dict[str, Link] = {}
+        self._on_success, self._on_link_down = on_success, on_link_down
+        self._next_alive = 0.0
+        self._retry_s = max(1.0, config.deadline_s / 6)
+
+    # Called from the scheduler thread.
+
+    def link_state(self, endpoint: str) -> tuple[LinkState, str]:
+        """State of a connection, and why it was refused."""
+        link = self.links.get(endpoint)
+        return (link.state, link.reason) if link else (LinkState.CONNECTING, "")
+
+    def announce(self, endpoints: list[str], room: int, nonce: int, ticket: Ticket) -> None:
+        """A request has arrived that will be asked for at these prefill ranks."""
+        self.post(lambda: self._announce(endpoints, room, nonce, ticket))
+
+    def start_transfer(self, transfer: InTransfer, endpoints: list[str], peers: int) -> None:
+        """Ask the prefill ranks for a transfer whose pages are allocated."""
+        self.post(lambda: self._start(transfer, endpoints, peers))
+
+    def close_room(
+        self, endpoints: list[str], room: int, nonce: int, ticket: Ticket, reason: str | None
+    ) -> None:
+        """The request is over; with a reason, prefill ranks are told."""
+        self.post(lambda: self._close_room(endpoints, room, nonce, ticket, reason))
+
+    # Everything below runs in this thread.
+
+    def _announce(self, endpoints: list[str], room: int, nonce: int, ticket: Ticket) -> None:
+        for endpoint in endpoints:
+            try:
+                link = self.links.get(endpoint) or self._connect(endpoint)
+            except (KvqError, zmq.ZMQError) as error:
+                ticket.fail(f"prefill instance at {endpoint}: {error}")
+                return
+            if room in link.parts or room in link.waiting:
+                ticket.fail(f"room {room} is taken by another request; rooms must be unique")
+                return
+            link.waiting[room] = (nonce, ticket, time.monotonic())
+
+    def _connect(self, endpoint: str, identity: bytes | None = None) -> Link:
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        if self.config.keys is None and not ipaddress.ip_address(host).is_loopback:
+            raise TransferError(
+                "expected --kv-quant-transfer-keys for an address beyond loopback; make keys with: "
+                "python -m sgl_kvq keys FOLDER"
+            )
+        socket = self.make_socket(zmq.DEALER)
+        identity = identity or b"kvq" + os.urandom(16)
+        socket.setsockopt(zmq.ROUTING_ID, identity)
+        socket.ipv6 = ":" in host
+        if self.config.keys is not None:
+            secure_client(socket, self.config.keys)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.connect(endpoint)
+        link = self.links[endpoint] = Link(endpoint, identity, socket, monitor)
+        self.poller.register(socket, zmq.POLLIN)
+        self.poller.register(monitor, zmq.POLLIN)
+        self._say_hello(link)
+        return link
+
+    def _say_hello(self, link: Link) -> None:
+        link.said_hello = time.monotonic()
+        self._send(link, Hello(WIRE_VERSION, self.instance, self.fingerprint))
+
+    def _close_link(self, link: Link) -> None:
+        del self.links[link.endpoint]
+        self.poller.unregister(link.socket)
+        self.poller.unregister(link.monitor)
+        link.socket.disable_monitor()
+        link.monitor.close(linger=0)
+        link.socket.close(linger=0)
+
+    def _start(self, transfer: InTransfer, endpoints: list[str], peers: int) -> None:
+        links = [self.links.get(endpoint) for endpoint in endpoints]
+        for link in links:
+            if link is None or transfer.room not in link.waiting:
+                transfer.ticket.fail("the connection to the prefill instance is gone")
+                return
+        for link in filter(None, links):
+            part = InPart(transfer, self.access, self.digest, peers)
+            transfer.parts.append(part)
+            del link.waiting[transfer.room]
+            link.parts[transfer.room] = part
+            if link.state is LinkState.READY:
+                self._ask(link, part)
+
+    def _ask(self, link: Link, part: InPart) -> None:
+        part.heads = link.heads.intersect(self.access.heads)
+        part.last_progress = time.monotonic()
+        self._send(link, part.request())
+
+    def _close_room(
+        self, endpoints: list[str], room: int, nonce: int, ticket: Ticket, reason: str | None
+    ) -> None:
+        for endpoint in endpoints:
+            link = self.links.get(endpoint)
+            if link is None:
+                continue
+            part = link.parts.get(room)
+            if room in link.waiting and link.waiting[room][1] is ticket:
+                del link.waiting[room]
+            elif part is not None and part.transfer.ticket is ticket:
+                del link.parts[room]
+                if part.said_done:
+                    self._remember(link, room, nonce)
+                    reason = None
+            else:
+                continue
+            if reason is not None:
+                self._send(link, Abort(room, nonce, reason[:1024]))
+
+    def _remember(self, link: Link, room: int, nonce: int) -> None:
+        link.finished[room] = nonce
+        while len(link.finished) > MAX_FINISHED:
+            del link.finished[next(iter(link.finished))]
+
+    def _fail(self, transfer: InTransfer, reason: str) -> None:
+        """End a transfer on this side and at every prefill rank."""
+        if transfer.ticket.fail(reason):
+            self.metrics.finished("failed")
+            logger.debug("kvq-zmq: room %d failed: %s", transfer.room, reason)
+        endpoints = list(self.links)
+        self._close_room(endpoints, transfer.room, transfer.nonce, transfer.ticket, reason)
+
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        """Take messages of one connection, then acknowledge them together."""
+        link = next((x for x in self.links.values() if socket in (x.socket, x.monitor)), None)
+        if link is None:
+            return
+        if socket is link.monitor:
+            recv_monitor_message(socket, zmq.NOBLOCK)
+            self._on_disconnect(link)
+            return
+        with suppress(zmq.Again):
+            for _ in range(FRAMES_A_ROUND):
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                link.last_heard = time.monotonic()
+                try:
+                    self._on_frames(link, frames)
+                except KvqError as error:
+                    self.metrics.refused_blocks.inc()
+                    logger.debug("kvq-zmq: message of %s dropped: %s", link.endpoint, error)
+                if link.endpoint not in self.links:
+                    return
+        self._flush(link)
+
+    def _on_disconnect(self, link: Link) -> None:
+        """ZeroMQ connects again by itself; what waits then is the handshake."""
+        if link.state is LinkState.READY:
+            link.state = LinkState.CONNECTING
+        self._on_link_down(link.endpoint)
+        if not link.in_use:
+            self._close_link(link)
+            return
+        self._say_hello(link)
+
+    def _on_frames(self, link: Link, frames: list[zmq.Frame]) -> None:
+        kind = frames[0].bytes if frames else b""
+        if kind == CONTROL and len(frames) == 2:
+            self._on_message(link, parse_message(frames[1].buffer))
+        elif kind == BLOCK and len(frames) == 3:
+            self._on_block(link, parse_header(frames[1].buffer), frames[2].buffer)
+        else:
+            raise WireError(f"expected a message or a block, got {len(frames)} frames")
+
+    def _on_block(self, link: Link, header: BlockHeader, payload: memoryview) -> None:
+        part = link.parts.get(header.room)
+        if part is None or part.transfer.nonce != header.nonce:
+            raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
+        part.last_sign = time.monotonic()
+        try:
+            fresh = part.accept(header, payload)
+        except ChecksumError:
+            self.metrics.checksum_failures.inc()
+            part.nacks.append(header.seq)
+            return
+        part.acks.append(header.seq)
+        if fresh:
+            self.metrics.blocks.inc()
+            self.metrics.wire_bytes[header.kind.name.lower()].inc(len(payload))
+            self.metrics.wire_bytes["header"].inc(HEADER_BYTES + len(BLOCK))
+            if header.kind is BlockKind.PAGES:
+                whole = self.access.heads.count * self.access.num_layers
+                share = header.num_heads * header.num_layers / whole
+                self.metrics.closed_page_tokens.inc(PAGE_SIZE * header.num_pages * share)
+
+    def _flush(self, link: Link) -> None:
+        """Send what the last round gathered: damaged blocks first, then whole ones."""
+        for part in list(link.parts.values()):
+            room, nonce = part.transfer.room, part.transfer.nonce
+            if part.nacks:
+                self._send(link, Nack(room, nonce, part.nacks))
+                part.nacks = []
+            if part.acks:
+                self._send(link, Ack(room, nonce, part.acks))
+                part.acks = []
+            if part.complete:
+                self._finish(link, part)
+
+    def _finish(self, link: Link, part: InPart) -> None:
+        transfer = part.transfer
+        part.said_done = True
+        self._send(link, Done(transfer.room, transfer.nonce))
+        if transfer.complete and transfer.ticket.finish(lambda: self._commit(transfer)):
+            self.metrics.finished("success")
+            seconds = time.monotonic() - transfer.started
+            self.metrics.observe("transferring", seconds)
+            logger.debug(
+                "kvq-zmq: room %d received: %d blocks, %d bytes, %d pages (%d were here), %.3f s",
+                transfer.room,
+                sum(len(part.received) for part in transfer.parts),
+                sum(part.wire_bytes for part in transfer.parts),
+                len(transfer.pages),
+                transfer.prefix_pages,
+                seconds,
+            )
+
+    def _commit(self, transfer: InTransfer) -> None:
+        assert transfer.metadata is not None
+        transfer.store_metadata(transfer.metadata)
+        self._on_success(transfer)
+
+    def _on_message(self, link: Link, message: Message) -> None:
+        if isinstance(message, Welcome):
+            self._on_welcome(link, message)
+        elif isinstance(message, Refuse):
+            self._on_refuse(link, message.reason)
+        elif isinstance(message, Abort):
+            part = link.parts.get(message.room)
+            if part is not None and part.transfer.nonce == message.nonce:
+                self._fail(part.transfer, f"prefill instance gave up: {message.reason}")
+        elif isinstance(message, Alive):
+            for room, nonce in message.rooms:
+                part = link.parts.get(room)
+                if part is not None and part.transfer.nonce == nonce:
+                    self._on_alive(link, part)
+                elif link.finished.get(room) == nonce:
+                    self._send(link, Done(room, nonce))
+        else:
+            raise WireError(f"{type(message).__name__}: only decode instances send this")
+
+    def _on_welcome(self, link: Link, welcome: Welcome) -> None:
+        if welcome.wire_version != WIRE_VERSION:
+            self._on_refuse(
+                link, f"wire version: prefill {welcome.wire_version}, decode {WIRE_VERSION}"
+            )
+            return
+        if link.instance not in (None, welcome.instance):
+            for part in list(link.parts.values()):
+                self._fail(part.transfer, "the prefill instance was restarted")
+        link.instance = welcome.instance
+        link.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
+        if link.state is LinkState.READY:
+            return
+        link.state = LinkState.READY
+        for part in list(link.parts.values()):
+            self._ask(link, part)
+
+    def _on_refuse(self, link: Link, reason: str) -> None:
+        link.state, link.reason = LinkState.REFUSED, reason
+        for _, ticket, _ in link.waiting.values():
+            ticket.fail(reason)
+        for part in list(link.parts.values()):
+            self._fail(part.transfer, reason)
+
+    def _on_alive(self, link: Link, part: InPart) -> None:
+        """The prefill rank works on it. Blocks sent before this message are here or lost."""
+        now = time.monotonic()
+        part.last_sign = now
+        if part.said_done:
+            self._send(link, Done(part.transfer.room, part.transfer.nonce))
+        elif now - part.last_progress > self._retry_s:
+            self._ask(link, part)
+
+    def tick(self) -> None:
+        """End transfers nobody has spoken of for too long; keep connections in shape."""
+        now = time.monotonic()
+        deadline_s = self.config.deadline_s
+        for link in list(self.links.values()):
+            self._expire(link, now)
+            if link.state is LinkState.CONNECTING and now - link.said_hello > 2.0:
+                self._say_hello(link)
+            if not link.in_use:
+                if link.state is not LinkState.READY or now - link.last_heard > deadline_s:
+                    self._close_link(link)
+            elif now - max(link.last_heard, link.said_hello) > deadline_s / 3:
+                self._reconnect(link)
+        if now >= self._next_alive:
+            self._next_alive = now + ALIVE_S
+            for link in self.links.values():
+                rooms = [[room, nonce] for room, (nonce, _, _) in link.waiting.items()]
+                rooms += [[room, part.transfer.nonce] for room, part in link.parts.items()]
+                self._send(link, Alive(rooms))
+
+    def _expire(self, link: Link, now: float) -> None:
+        deadline_s = self.config.deadline_s
+        for part in list(link.parts.values()):
+            if not part.said_done and now - part.last_sign > deadline_s:
+                self._fail(
+                    part.transfer,
+                    f"the prefill instance has been silent about this request for {deadline_s:g} s",
+                )
+        for room, (_, ticket, since) in list(link.waiting.items()):
+            if (
+                link.state is LinkState.CONNECTING
+                and now - max(since, link.last_heard) > deadline_s
+            ):
+                ticket.fail(f"no prefill instance answers at {link.endpoint} ({deadline_s:g} s)")
+            if ticket.over:
+                del link.waiting[room]
+
+    def _reconnect(self, link: Link) -> None:
+        """A connection that says nothing may be out of step: replace it, keep the rooms."""
+        logger.debug("kvq-zmq: %s says nothing, connecting anew", link.endpoint)
+        self._close_link(link)
+        fresh = self._connect(link.endpoint, link.identity)
+        fresh.waiting, fresh.parts, fresh.finished = link.waiting, link.parts, link.finished
+        fresh.instance = link.instance
+        fresh.last_heard = link.last_heard
+
+    def _send(self, link: Link, message: Message) -> None:
+        with suppress(zmq.ZMQError):
+            link.socket.send_multipart([CONTROL, pack_message(message)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Fail every transfer and close the connections."""
+        for link in list(self.links.values()):
+            for _, ticket, _ in link.waiting.values():
+                ticket.fail("the decode instance is shutting down")
+            for part in list(link.parts.values()):
+                self._fail(part.transfer, "the decode instance is shutting down")
+            self._close_link(link)

@@ -1,0 +1,194 @@
+"""Bookkeeping of what a decode rank receives (no sockets): a transfer and its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sgl_kvq.errors import WireError
+from sgl_kvq.transfer.blocks import HeadRange, PoolAccess
+from sgl_kvq.transfer.codecs import decode_payload
+from sgl_kvq.transfer.messages import MAX_LIST, Request
+from sgl_kvq.transfer.thread import Ticket
+from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, check_payload
+
+
+class InTransfer:
+    """Pages that wait for their bytes, shared by the parts that arrive from each prefill rank.
+
+    Args:
+        room: SGLang's `bootstrap_room`.
+        nonce: Drawn for this transfer, uint64.
+        ticket: Its state; blocks are written under the ticket's lock, so that nothing is written
+            once the scheduler thread has ended the transfer.
+        prefix_pages: Pages that are here already.
+        pages: int64 [n] on the CPU, where the other pages go in the pool.
+        open_slot: int64 [1], slot for the rows of the last page; 0 if it holds none.
+        sink_slot: int64 [1], slot for the sink rows of page 0; 0 if it holds none.
+        store_metadata: Called with SGLang's record of the first token.
+    """
+
+    def __init__(
+        self,
+        room: int,
+        nonce: int,
+        ticket: Ticket,
+        prefix_pages: int,
+        pages: torch.Tensor,
+        open_slot: torch.Tensor,
+        sink_slot: torch.Tensor,
+        store_metadata: Callable[[bytes], None],
+    ) -> None:
+        self.room, self.nonce, self.ticket = room, nonce, ticket
+        self.prefix_pages, self.pages = prefix_pages, pages
+        self.open_slot, self.sink_slot = open_slot, sink_slot
+        self.store_metadata = store_metadata
+        self.metadata: bytes | None = None
+        self.parts: list[InPart] = []
+        self.started = time.monotonic()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part has everything."""
+        return all(part.complete for part in self.parts)
+
+
+class InPart:
+    """What one prefill rank sends of a transfer.
+
+    Args:
+        transfer: The transfer.
+        access: The pool of this rank.
+        fingerprint: Digest that every block must carry.
+        peers: Decode ranks that ask this prefill rank for the room.
+    """
+
+    def __init__(
+        self, transfer: InTransfer, access: PoolAccess, fingerprint: int, peers: int
+    ) -> None:
+        self.transfer, self._access, self._fingerprint = transfer, access, fingerprint
+        self.peers = peers
+        self.heads = HeadRange(0, 0)
+        self.received: set[int] = set()
+        self.num_blocks: int | None = None
+        self.acks: list[int] = []
+        self.nacks: list[int] = []
+        self.said_done = False
+        self.last_sign = self.last_progress = time.monotonic()
+        self.wire_bytes = 0
+        # What has been written: closed pages by layer, and the two kinds of 16-bit rows by layer.
+        num_layers, num_pages = access.num_layers, len(transfer.pages)
+        self._pages_left = np.ones((num_layers, num_pages), dtype=bool)
+        has_open, has_sink = bool(transfer.open_slot > 0), bool(transfer.sink_slot > 0)
+        if num_pages and has_open:
+            self._pages_left[:, -1] = False  # the last page arrives as rows
+        closed_first = num_pages > (1 if has_open else 0) and transfer.prefix_pages == 0
+        self._rows_left = {
+            BlockKind.OPEN_ROWS: np.full(num_layers, bool(num_pages) and has_open),
+            BlockKind.SINK_ROWS: np.full(num_layers, has_sink and closed_first),
+        }
+
+    def request(self) -> Request:
+        """The message that asks for everything that is not here yet."""
+        transfer = self.transfer
+        return Request(
+            room=transfer.room,
+            nonce=transfer.nonce,
+            prefix_pages=transfer.prefix_pages,
+            num_pages=len(transfer.pages),
+            first_head=self.heads.first,
+            num_heads=self.heads.count,
+            peers=self.peers,
+            have=sorted(self.received)[:MAX_LIST],
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block has been verified and written."""
+        if self.num_blocks is None or len(self.received) != self.num_blocks:
+            return False
+        return not self._pages_left.any() and not any(
+            rows.any() for rows in self._rows_left.values()
+        )
+
+    def accept(self, header: BlockHeader, payload: Buffer) -> bool:
+        """Verify a block and write it.
+
+        Args:
+            header: Of this room and nonce.
+            payload: As received.
+
+        Returns:
+            False for a block that is here already.
+
+        Raises:
+            ChecksumError: the block must be sent again.
+            WireError: the block does not belong into this transfer; nothing was written.
+        """
+        self._check_header(header)
+        if header.seq in self.received:
+            return False
+        check_payload(header, payload)
+        raw = decode_payload(header.codec, payload, header.raw_bytes)
+        if header.kind is BlockKind.METADATA:
+            self.num_blocks = header.seq + 1
+            self.transfer.metadata = self.transfer.metadata or bytes(raw)
+        else:
+            self._write(header, raw)
+        self.received.add(header.seq)
+        self.wire_bytes += len(payload)
+        self.last_progress = time.monotonic()
+        return True
+
+    def _check_header(self, header: BlockHeader) -> None:
+        """Refuse a block outside the transfer's own pages, slots, layers or heads."""
+        if header.fingerprint != self._fingerprint:
+            raise WireError(f"block {header.seq}: made for another format or model")
+        if header.kind is BlockKind.METADATA:
+            return
+        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
+        if heads != self.heads:
+            raise WireError(f"block {header.seq}: heads {heads}, asked for {self.heads}")
+        if (
+            header.num_layers == 0
+            or header.first_layer + header.num_layers > self._access.num_layers
+        ):
+            raise WireError(
+                f"block {header.seq}: layers {header.first_layer} to "
+                f"{header.first_layer + header.num_layers} of {self._access.num_layers}"
+            )
+        if not self._left(header).all():
+            raise WireError(f"block {header.seq}: its place is taken or not part of the transfer")
+
+    def _left(self, header: BlockHeader) -> np.ndarray:
+        """What the block would fill, as bools; all True if nothing of it is filled."""
+        layers = slice(header.first_layer, header.first_layer + header.num_layers)
+        if header.kind is not BlockKind.PAGES:
+            rows = self._access.pool.plan.sink_tokens
+            if header.num_pages or not (
+                0 < header.num_rows < 64
+                if header.kind is BlockKind.OPEN_ROWS
+                else header.num_rows == rows
+            ):
+                return np.zeros(1, dtype=bool)
+            return self._rows_left[header.kind][layers]
+        first = header.first_page - self.transfer.prefix_pages
+        end = first + header.num_pages
+        if header.num_pages == 0 or first < 0 or end > len(self.transfer.pages):
+            return np.zeros(1, dtype=bool)
+        return self._pages_left[layers, first:end]
+
+    def _write(self, header: BlockHeader, raw: Buffer) -> None:
+        transfer = self.transfer
+        if header.kind is BlockKind.PAGES:
+            first = header.first_page - transfer.prefix_pages
+            place = transfer.pages[first : first + header.num_pages]
+        elif header.kind is BlockKind.OPEN_ROWS:
+            place = transfer.open_slot
+        else:
+            place = transfer.sink_slot
+        transfer.ticket.advance(lambda: self._access.write(header, raw, place))
+        self._left(header)[:] = False

@@ -1,0 +1,182 @@
+"""Bookkeeping of what a prefill rank sends (no sockets): rooms, peers, blocks in flight."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from sgl_kvq.transfer.blocks import Block, HeadRange
+from sgl_kvq.transfer.messages import Request
+from sgl_kvq.transfer.thread import Ticket
+
+MAX_TRIES = 5
+MAX_ROOMS_A_PEER = 4096
+
+
+@dataclass
+class Flight:
+    """A block that was sent and not acknowledged: when in the order of sending, how large."""
+
+    order: int
+    wire_bytes: int
+
+
+@dataclass
+class Peer:
+    """A decode rank that passed the handshake.
+
+    Args:
+        identity: Routing id of its connection.
+        instance: Drawn by its process.
+        reachable: Whether ZeroMQ still has a connection to it.
+        bytes_in_flight: Sent and not acknowledged, over all its rooms.
+        turn: Rooms with something to send, the next one first.
+    """
+
+    identity: bytes
+    instance: int
+    reachable: bool = True
+    bytes_in_flight: int = 0
+    last_heard: float = field(default_factory=time.monotonic)
+    turn: deque[Outbound] = field(default_factory=deque)
+
+
+class Outbound:
+    """One decode rank's share of one room.
+
+    Args:
+        room: The room.
+        peer: Where it goes.
+        request: As the peer sent it first.
+    """
+
+    _order = itertools.count()
+
+    def __init__(self, room: OutRoom, peer: Peer, request: Request) -> None:
+        self.room = room
+        self.peer = peer
+        self.nonce = request.nonce
+        self.heads = HeadRange(request.first_head, request.first_head + request.num_heads)
+        self.pending: deque[int] = deque()
+        self.flights: dict[int, Flight] = {}
+        self.tries: dict[int, int] = {}
+        self.acked: set[int] = set()
+        self.done = False
+        self.enqueue(range(len(room.blocks)))
+
+    def enqueue(self, seqs: range | list[int]) -> None:
+        """Queue blocks that are neither queued, in flight nor acknowledged."""
+        queued = set(self.pending)
+        fresh = [
+            seq
+            for seq in seqs
+            if seq not in queued and seq not in self.acked and seq not in self.flights
+        ]
+        if fresh and self not in self.peer.turn:
+            self.peer.turn.append(self)
+        self.pending.extend(fresh)
+
+    def sent(self, seq: int, wire_bytes: int) -> None:
+        """Note that a block left."""
+        self.flights[seq] = Flight(next(self._order), wire_bytes)
+        self.tries[seq] = self.tries.get(seq, 0) + 1
+        self.peer.bytes_in_flight += wire_bytes
+
+    def acknowledge(self, seqs: list[int]) -> list[int]:
+        """Note acknowledged blocks.
+
+        A connection keeps the order, so a block sent before an acknowledged one and not named
+        with it was lost on the way.
+
+        Args:
+            seqs: As the peer listed them; unknown ones are ignored.
+
+        Returns:
+            Blocks that were lost and are queued again.
+        """
+        landed = [self.flights[seq].order for seq in seqs if seq in self.flights]
+        for seq in seqs:
+            if self._land(seq):
+                self.acked.add(seq)
+                self.tries.pop(seq, None)
+        if not landed:
+            return []
+        return self.send_again(
+            [seq for seq, flight in self.flights.items() if flight.order < max(landed)]
+        )
+
+    def send_again(self, seqs: list[int]) -> list[int]:
+        """Queue blocks that were sent and not acknowledged; returns those that are."""
+        again = [seq for seq in seqs if self._land(seq)]
+        self.enqueue(again)
+        return again
+
+    def resume(self, have: list[int]) -> None:
+        """The peer tells what it has: everything else is queued."""
+        known = range(len(self.room.blocks))
+        for seq in have:
+            self._land(seq)
+            if seq in known:
+                self.acked.add(seq)
+        for seq in list(self.flights):
+            self._land(seq)
+        self.pending = deque(seq for seq in self.pending if seq not in self.acked)
+        self.enqueue(known)
+
+    def drop(self) -> None:
+        """Forget everything that is queued or in flight."""
+        for seq in list(self.flights):
+            self._land(seq)
+        self.pending.clear()
+        if self in self.peer.turn:
+            self.peer.turn.remove(self)
+
+    def _land(self, seq: int) -> bool:
+        flight = self.flights.pop(seq, None)
+        if flight is None:
+            return False
+        self.peer.bytes_in_flight -= flight.wire_bytes
+        return True
+
+
+class OutRoom:
+    """One request at this prefill rank.
+
+    Args:
+        room: SGLang's `bootstrap_room`.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.ticket: Ticket | None = None  # None until the request itself arrives
+        self.blocks: list[Block] = []
+        self.complete = False
+        self.num_pages: int | None = None
+        self.outbounds: dict[bytes, Outbound] = {}
+        self.request: Request | None = None  # the first one; all peers must agree with it
+        self.opened = self.last_sign = time.monotonic()
+        self.bytes_sent = 0
+
+    @property
+    def all_asked(self) -> bool:
+        """Whether every decode rank that takes part has asked."""
+        return self.request is not None and len(self.outbounds) == self.request.peers
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every peer has everything."""
+        return (
+            self.complete
+            and self.all_asked
+            and all(outbound.done for outbound in self.outbounds.values())
+        )
+
+    def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
+        """Queue further blocks for every peer."""
+        first = len(self.blocks)
+        self.blocks += blocks
+        self.complete = is_last
+        for outbound in self.outbounds.values():
+            outbound.enqueue(range(first, len(self.blocks)))

@@ -1,0 +1,145 @@
+"""The thread that owns a rank's sockets, and the flag it shares with the scheduler thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+import zmq
+
+from sgl_kvq.transfer.messages import MAX_MESSAGE_BYTES
+from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+ALIVE_S = 1.0
+FRAMES_A_ROUND = 64
+CONTROL, BLOCK = b"C", b"B"
+
+
+class Ticket:
+    """One request's state, written by both threads; nothing happens to it once it is over.
+
+    Args:
+        on_failure: Called with the reason, once, unless the transfer succeeded before.
+    """
+
+    def __init__(self, on_failure: Callable[[str], None]) -> None:
+        self.lock = threading.Lock()
+        self.over = False
+        self._on_failure = on_failure
+
+    def fail(self, reason: str) -> bool:
+        """End the transfer with a reason; False if it was over already."""
+        with self.lock:
+            if self.over:
+                return False
+            self.over = True
+            self._on_failure(reason)
+            return True
+
+    def finish(self, on_success: Callable[[], None]) -> bool:
+        """End the transfer well; False if it was over already."""
+        with self.lock:
+            if self.over:
+                return False
+            on_success()
+            self.over = True
+            return True
+
+    def advance(self, step: Callable[[], None]) -> None:
+        """Run something only if the transfer is not over."""
+        with self.lock:
+            if not self.over:
+                step()
+
+
+class TransferThread(threading.Thread):
+    """Runs posted commands, received messages and a tick; nothing else touches the sockets."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.context = zmq.Context()
+        self.poller = zmq.Poller()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.poller.register(self._wake, zmq.POLLIN)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._stopping = threading.Event()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run a command in this thread soon; may be called from any thread."""
+        self._commands.append(command)
+        with suppress(OSError):  # closed: the thread has ended
+            os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """End the thread and close its sockets; waits for both."""
+        self._stopping.set()
+        self.post(lambda: None)
+        if self.is_alive():
+            self.join(timeout=5)
+
+    def make_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A socket whose peer cannot make it hang, grow without bound, or linger."""
+        socket = self.context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = 0  # the window bounds what is on the way
+        socket.maxmsgsize = max(MAX_BLOCK_BYTES, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        return socket
+
+    def run(self) -> None:
+        """Loop until `stop`."""
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        next_tick = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                wait_s = 0.0 if self.work() else max(0.0, next_tick - time.monotonic())
+                ready = dict(self.poller.poll(int(wait_s * 1000)))
+                if ready.pop(self._wake, None):
+                    with suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                while self._commands:
+                    self._guard(self._commands.popleft())
+                for socket in ready:
+                    self._guard(lambda socket=socket: self.receive(socket))  # type: ignore[misc]
+                if time.monotonic() >= next_tick:
+                    self._guard(self.tick)
+                    next_tick = time.monotonic() + TICK_S
+        finally:
+            self._guard(self.close)
+            os.close(self._wake)
+            self.context.destroy(linger=0)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """One bad step must not end the transfers of all others."""
+        try:
+            step()
+        except Exception:
+            logger.exception("kvq-zmq: a step of the transfer thread failed")
+
+    def work(self) -> bool:
+        """Do a bounded piece of queued work; True if more is left."""
+        return False
+
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        """Take a bounded number of messages from a readable socket."""
+        raise NotImplementedError
+
+    def tick(self) -> None:
+        """Look after deadlines; every `TICK_S`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Fail what is open and close the sockets."""
+        raise NotImplementedError
