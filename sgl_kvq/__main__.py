@@ -9,7 +9,9 @@ import sys
 from sgl_kvq.errors import KvqError
 
 # Name: (module, help). A module is imported only when its command runs.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("sgl_kvq.commands.check", "Say whether GPU, SGLang, hooks and kernels work here."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KvqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 1
 
 

@@ -20,6 +20,7 @@ _NAMES = {
     # plugin system
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
+    "load_plugins": "sglang.srt.plugins:load_plugins",
     # options
     "Arg": "sglang.srt.arg_groups.arg_utils:Arg",
     "NS": "sglang.srt.arg_groups.arg_utils:NS",
@@ -65,6 +66,11 @@ BUILD_POOL = f"{_CONFIGURATOR}._build_token_to_kv_pool"
 BUILD_ALLOCATOR = f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator"
 ALLOC_EXTEND = "sglang.srt.mem_cache.allocation.alloc_paged_token_slots_extend"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
+METRICS_REPORTER = (
+    "sglang.srt.managers.scheduler_components.metrics_reporter"
+    ".SchedulerMetricsReporter.__post_init__"
+)
+LOG_STATS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats"
 
 
 def __getattr__(name: str) -> Any:

@@ -100,6 +100,64 @@ def _alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **k
     return original(tree_cache, *args, **kwargs)
 
 
+def _start_metrics(original: Callable[..., Any], reporter: Any) -> None:
+    original(reporter)
+    scheduler, collector = reporter.scheduler, reporter.metrics_collector
+    if collector is not None and quant_config(scheduler.server_args) is not None:
+        from sgl_kvq.metrics import PoolMetrics
+
+        collector.kvq_metrics = PoolMetrics(scheduler.token_to_kv_pool_allocator, collector.labels)
+
+
+def _log_stats(original: Callable[..., Any], collector: Any, stats: Any) -> None:
+    original(collector, stats)
+    metrics = getattr(collector, "kvq_metrics", None)
+    if metrics is not None:
+        metrics.log()
+
+
+def _prealloc(original: Callable[..., Any], queue: Any, req: Any, *args: Any) -> Any:
+    if "sgl_kvq.memory_pool.allocator" in sys.modules:
+        from sgl_kvq.memory_pool.allocator import make_room_for_first_pages
+
+        has_prefix = len(args) > 1 and bool(args[1])
+        make_room_for_first_pages(queue.tree_cache, 0 if has_prefix else 1)
+    return original(queue, req, *args)
+
+
+def _add_transfer_backend() -> None:
+    """Give SGLang's enum of transfer backends a further member."""
+    backends = host.TransferBackend
+    if TRANSFER_BACKEND in backends._value2member_map_:
+        return
+    member = object.__new__(backends)
+    member._name_, member._value_ = "KVQ_ZMQ", TRANSFER_BACKEND
+    backends._value2member_map_[TRANSFER_BACKEND] = member
+
+
+def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
+    if transfer_backend.value != TRANSFER_BACKEND:
+        return original(transfer_backend, class_type)
+    from sgl_kvq.transfer import conn
+
+    kinds = host.KVClassType
+    return {
+        kinds.KVARGS: host.KVArgs,
+        kinds.MANAGER: conn.KvqManager,
+        kinds.SENDER: conn.KvqSender,
+        kinds.RECEIVER: conn.KvqReceiver,
+        kinds.BOOTSTRAP_SERVER: conn.KvqBootstrapServer,
+    }[class_type]
+
+
+def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
+    manager = original(queue)
+    if queue.transfer_backend.value == TRANSFER_BACKEND:
+        num_kv_heads = queue.scheduler.model_config.get_total_num_kv_heads()
+        manager.start(queue.token_to_kv_pool, num_kv_heads)
+    return manager
+
+
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """Our backend runs on CPUs too, where SGLang's own helper kernels need PyTorch instead."""
     if backend == BACKEND:
@@ -115,4 +173,6 @@ _AROUND: dict[str, Callable[..., Any]] = {
     host.BUILD_ALLOCATOR: _build_allocator,
     host.ALLOC_EXTEND: _alloc_extend,
     host.SUPPORT_TRITON: _support_triton,
+    host.METRICS_REPORTER: _start_metrics,
+    host.LOG_STATS: _log_stats,
 }

@@ -45,6 +45,10 @@ class SlotTable:
         """Slots a page holds (waits for the device)."""
         return self.num_slots - self.num_free()
 
+    def count_used(self) -> torch.Tensor:
+        """Slots a page holds, an int64 scalar on the device."""
+        return (self._owner > _FREE).sum()
+
     def held_slot(self, pages: torch.Tensor) -> torch.Tensor:
         """Slot each page (int64 [n]) holds now, 0 where it holds none."""
         slots = self.slot_of[pages]

@@ -1,0 +1,116 @@
+"""The pool's gauges in a real server's `/metrics`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+import torch
+from conftest import ROOT
+from model_folders import make_model
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.servers import Server, launch_server
+from sgl_kvq.metrics import CONTAINED, GAUGES, PREFIX
+
+PAGES = 40
+
+
+@pytest.fixture(scope="module")
+def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model whose first layer makes values too large for a page, with two KV heads of 64."""
+    folder = tmp_path_factory.mktemp("loud-llama")
+    model = make_model(folder, model_path, "llama", torch.bfloat16)
+    # Layer norm leaves about 1 a channel, so this output is about 1.6e6 and 65280 is the limit.
+    model.model.layers[0].self_attn.v_proj.weight.data[0] *= 1e6
+    model.model.layers[0].self_attn.o_proj.weight.data[:, 0] *= 1e-6
+    model.save_pretrained(folder)
+    flags = "--enable-metrics --decode-log-interval 1 --kv-quant hack2 --kv-quant-memory-gb 0.01"
+    flags += f" --max-total-tokens {PAGES * 64} --max-running-requests 2 --skip-server-warmup"
+    with launch_server(folder, flags.split(), folder / "server.log") as running:
+        yield running
+
+
+def scrape(server: Server) -> dict[str, float]:
+    """Our metrics by name, without the prefix."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    return {
+        sample.name.removeprefix(PREFIX): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith(PREFIX) and not sample.name.endswith("_created")
+    }
+
+
+def scrape_until(server: Server, name: str, value: float) -> dict[str, float]:
+    """SGLang publishes once more when it becomes idle, a moment after the answer."""
+    deadline = time.monotonic() + 20
+    while (found := scrape(server))[name] != value and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def generate(server: Server, ids: list[int], new_tokens: int) -> None:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    server.generate({"input_ids": ids, "sampling_params": sampling})
+
+
+def test_every_metric_is_there_with_labels(server: Server) -> None:
+    generate(server, [9] * 5, 2)
+    found = scrape(server)
+    assert set(found) == {*GAUGES, f"{CONTAINED}_total"}
+    assert found["bytes_per_token"] == 2 * 2 * 42  # layers, KV heads, docs/kv_layout.md
+    assert found["open_slots"] == 2
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    (line,) = (row for row in text.splitlines() if row.startswith(f"{PREFIX}open_slots{{"))
+    assert 'format="hack2"' in line
+    assert 'tp_rank="0"' in line
+
+
+def test_pages_open_close_and_stay_cached(server: Server) -> None:
+    server.flush_cache()
+    generate(server, list(range(1000, 1150)), 10)
+    idle = scrape_until(server, "open_pages", 0)
+    assert (idle["closed_pages"], idle["open_pages"], idle["free_pages"]) == (2, 0, PAGES - 2)
+    assert idle["tokens_held"] == 128
+    assert idle["sink_slots_used"] == 1
+
+
+def test_a_running_request_holds_an_open_page(server: Server) -> None:
+    server.flush_cache()
+    payload = {
+        "input_ids": list(range(2000, 2070)),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 50, "ignore_eos": True},
+        "stream": True,
+    }
+    seen = []
+    with requests.post(f"{server.url}/generate", json=payload, stream=True, timeout=60) as stream:
+        for number, _ in enumerate(stream.iter_lines()):
+            if number in (20, 40):
+                seen.append(scrape(server))
+    for found in seen:
+        assert (found["open_pages"], found["closed_pages"]) == (1, 1)
+
+
+def test_contained_elements_are_counted(server: Server) -> None:
+    server.flush_cache()
+    before = scrape(server)[f"{CONTAINED}_total"]
+    generate(server, list(range(3000, 3128)), 2)
+    after = scrape_until(server, "open_pages", 0)[f"{CONTAINED}_total"]
+    # One channel of one head in one layer, of the two pages that closed.
+    assert 0 < after - before <= 128
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
+    dashboard = json.loads((ROOT / "examples/grafana/sgl_kvq-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set(re.findall(r"\b(?:sgl_kvq|sglang):\w+", " ".join(expressions)))
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    exported = {row.split("{")[0] for row in text.splitlines() if not row.startswith("#")}
+    assert asked <= exported
+    ours = {PREFIX + name for name in GAUGES}
+    assert ours <= asked
