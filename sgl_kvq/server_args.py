@@ -10,12 +10,13 @@ from sgl_kvq.config import PAGE_SIZE, PREFILL_MODES, KVQuantConfig
 from sgl_kvq.errors import ConfigError, KvqError
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.host import NS, Arg, ServerArgs, check_version
+from sgl_kvq.transfer.options import TRANSFER_BACKEND, TransferArgs, transfer_config
 
 BACKEND = "kvq"
 
 
 @dataclasses.dataclass
-class KvqServerArgs(ServerArgs):
+class KvqServerArgs(TransferArgs, ServerArgs):
     """Server options; replaces `sglang.srt.server_args.ServerArgs` in the whole process."""
 
     kv_quant: Annotated[
@@ -61,18 +62,30 @@ class KvqServerArgs(ServerArgs):
     def __post_init__(self) -> None:
         config = quant_config(self)
         if config is None:
+            if self.disaggregation_transfer_backend == TRANSFER_BACKEND:
+                raise ConfigError(
+                    f"--disaggregation-transfer-backend {TRANSFER_BACKEND}: expected --kv-quant "
+                    f"FORMAT beside it (bf16 for unquantized pages); add it"
+                )
             super().__post_init__()
             return
         # Imported here: with the option off nothing of this package but the plugin is loaded.
-        from sgl_kvq.attention.support import check_model, check_options
+        from sgl_kvq.attention.support import (
+            check_device,
+            check_model,
+            check_options,
+            choose_graphs,
+        )
         from sgl_kvq.model_files import check_model_files
 
         check_version()
+        check_device()
         check_options(self)
+        transfer_config(self)
         check_model_files(self.model_path)
         self.page_size = PAGE_SIZE
         self.attention_backend = BACKEND
-        self.disable_cuda_graph = True  # the PyTorch kernels wait for the device
+        choose_graphs(self)
         try:
             super().__post_init__()
         except OSError as error:

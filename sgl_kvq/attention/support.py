@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+import torch
 
 from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.host import AttentionArch, AttentionType, RadixAttention, mambaish_config
 from sgl_kvq.server_args import BACKEND
+from sgl_kvq.transfer.options import TRANSFER_BACKEND
+
+logger = logging.getLogger(__name__)
 
 # Option of ServerArgs, the values --kv-quant works with, and what to do otherwise.
 _OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -17,7 +23,7 @@ _OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("decode_attention_backend", (None, BACKEND), "drop the option"),
     ("kv_cache_dtype", ("auto",), "drop the option: --kv-quant says how KV is stored"),
     ("speculative_algorithm", (None,), "run without speculative decoding"),
-    ("disaggregation_mode", ("null", None), "run prefill and decode in one server"),
+    ("disaggregation_decode_enable_offload_kvcache", (False,), "drop the option"),
     ("enable_hierarchical_cache", (False,), "drop the option"),
     ("enable_hisparse", (False,), "drop the option"),
     ("enable_lmcache", (False,), "drop the option"),
@@ -29,8 +35,8 @@ _OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_streaming_session", (False,), "drop the option"),
     ("enable_mis", (False,), "drop the option"),
     ("dllm_algorithm", (None,), "drop the option"),
-    ("cuda_graph_backend_decode", (None, "disabled"), "drop the option: no CUDA graphs yet"),
-    ("cuda_graph_backend_prefill", (None, "disabled"), "drop the option: no CUDA graphs yet"),
+    ("cuda_graph_backend_decode", (None, "full", "disabled"), "drop the option"),
+    ("cuda_graph_backend_prefill", (None, "disabled"), "drop the option"),
     ("dcp_size", (1,), "use --tp-size instead"),
     ("attn_cp_size", (1,), "use --tp-size instead"),
     ("pp_size", (1,), "use --tp-size instead"),
@@ -54,6 +60,12 @@ def check_options(args: Any) -> None:
             raise ConfigError(
                 f"--kv-quant with {flag}: expected {expected or 'it unset'}, got {value}; {advice}"
             )
+    backend = args.disaggregation_transfer_backend
+    if args.disaggregation_mode not in ("null", None) and backend != TRANSFER_BACKEND:
+        raise ConfigError(
+            f"--kv-quant with --disaggregation-mode {args.disaggregation_mode}: expected "
+            f"--disaggregation-transfer-backend {TRANSFER_BACKEND}, got {backend}; add it"
+        )
     if args.max_total_tokens is not None and args.max_total_tokens < MIN_PAGES * PAGE_SIZE:
         raise ConfigError(
             f"--kv-quant with --max-total-tokens: expected at least {MIN_PAGES * PAGE_SIZE}, "
@@ -64,6 +76,42 @@ def check_options(args: Any) -> None:
         raise ConfigError(
             f"--kv-quant with --chunked-prefill-size: expected a multiple of {PAGE_SIZE}, "
             f"got {chunk}; use {max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE)}"
+        )
+
+
+def choose_graphs(args: Any) -> None:
+    """Turn off the CUDA graphs that this backend does not fill.
+
+    Decode runs in graphs on a GPU. Prefill does not: what a step reads and which pages it closes
+    is planned on the host.
+
+    Args:
+        args: SGLang's `ServerArgs`, changed in place.
+    """
+    if torch.accelerator.is_available():
+        args.disable_prefill_cuda_graph = True
+        logger.info("--kv-quant: prefill runs without CUDA graphs; decode uses them")
+    else:
+        args.disable_cuda_graph = True
+
+
+def check_device() -> None:
+    """Refuse an accelerator that the kernels do not run on.
+
+    Raises:
+        ConfigError: says what is there.
+    """
+    if not torch.accelerator.is_available():
+        return
+    expected = "--kv-quant: expected a CPU, or an NVIDIA GPU of compute capability 8.0 or more"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        device = torch.accelerator.current_accelerator()
+        raise ConfigError(f"{expected}, got {device}; run without --kv-quant")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise ConfigError(
+            f"{expected}, got {torch.cuda.get_device_name()} with {capability[0]}.{capability[1]}; "
+            f"run without --kv-quant"
         )
 
 
@@ -100,7 +148,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_layers(model: Any) -> None:
+def check_layers(model: Any) -> list[Any]:
     """Refuse a loaded model with an attention layer that plain causal attention does not cover.
 
     This looks at the layers themselves, so that a model class nobody thought of is refused
@@ -108,6 +156,9 @@ def check_layers(model: Any) -> None:
 
     Args:
         model: The loaded `torch.nn.Module`.
+
+    Returns:
+        Its attention layers (SGLang's `RadixAttention`).
 
     Raises:
         ConfigError: names the layer and the property.
@@ -135,3 +186,4 @@ def check_layers(model: Any) -> None:
                     f"--kv-quant: layer {layer.layer_id} of {type(model).__name__} has {what}, "
                     f"which is not supported; run this model without --kv-quant"
                 )
+    return layers

@@ -17,6 +17,8 @@ from sgl_kvq.kernels._page_spec import PageSpec, page_spec
 from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
+from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
+from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -26,7 +28,9 @@ POINTERS = {
     **dict.fromkeys(ROWS, "*bf16"),
     **dict.fromkeys(("out_ptr", "stat_ptr", "lse_ptr"), "*fp32"),
     "q_codes_ptr": "*bf16",
-    "final_ptr": "*bf16",
+    **dict.fromkeys(("final_ptr", "k_out_ptr", "v_out_ptr"), "*bf16"),
+    **dict.fromkeys(("seq_lens_ptr", "rows_ptr", "out_cache_loc_ptr"), "*i64"),
+    **dict.fromkeys(("open_slot_of_ptr", "sink_slot_of_ptr"), "*i64"),
     "pages_ptr": "*u8",
     "num_contained_ptr": "*i64",
     "sm_scale_log2": "fp32",
@@ -94,3 +98,16 @@ def test_append(arch: int, name: str, head_dim: int) -> None:
 def test_rotation(arch: int) -> None:
     constants = {"HEAD_DIM": 128, "ORDER": 128, "BLOCK_R": 4, "BLOCK_D": 128}
     assert compile_for(_rotate_fwd_kernel, arch, constants, num_warps=2, enable_fp_fusion=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "bf16", 128)]
+)
+def test_fill(arch: int, name: str, head_dim: int) -> None:
+    constants = {"SINKS": 4, "OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}
+    assert compile_for(_fill_fwd_kernel, arch, constants, num_warps=4, enable_fp_fusion=False)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_tables(arch: int) -> None:
+    assert compile_for(_tables_fwd_kernel, arch, {}, num_warps=4)

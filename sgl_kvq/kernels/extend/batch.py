@@ -10,7 +10,7 @@ import torch
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.extend.api import ScratchFills
-from sgl_kvq.kernels.extend.plan import AttentionPass, ExtendPlan
+from sgl_kvq.kernels.extend.plan import AttentionPass, ExtendPlan, FillPlan, IntArray, TouchedPlan
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 
 
@@ -57,7 +57,7 @@ def upload_extend(
     """
     device = req_to_token.device
     touched = plan.touched
-    parts = [touched, *(step.fills for step in plan.passes)]
+    parts: list[TouchedPlan | FillPlan] = [touched, *(step.fills for step in plan.passes)]
     sizes = [len(part.page) for part in parts]
     columns = [
         *(part.request for part in parts),
@@ -111,7 +111,7 @@ def upload_extend(
     )
 
 
-def _first_touched(plan: ExtendPlan) -> np.ndarray:
+def _first_touched(plan: ExtendPlan) -> IntArray:
     """Index of the page that each resumed request goes on with."""
     touched = plan.touched
     is_start = np.searchsorted(touched.request, plan.resumed_requests, side="left")

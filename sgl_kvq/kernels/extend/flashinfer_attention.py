@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.kernels.extend.configs import prefill_backend
 from sgl_kvq.kernels.extend.plan import AttentionPass
 
 WORKSPACE_BYTES = 384 << 20  # what SGLang gives FlashInfer; partial results of its split KV
@@ -22,7 +24,7 @@ class FlashInferAttention:
         dtype: Of q, k and v, 16 bits.
         sm_scale: Factor on the scores.
         device: A CUDA device.
-        backend: FlashInfer's kernels: "auto" (fa3 on Hopper), "fa2" or "fa3".
+        backend: FlashInfer's kernels: "fa2" or "fa3"; None takes the faster one for each pass.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class FlashInferAttention:
         dtype: torch.dtype,
         sm_scale: float,
         device: torch.device | str,
-        backend: str = "auto",
+        backend: str | None = None,
     ) -> None:
         self.backend = backend
         self.shape: dict[str, Any] = {
@@ -45,30 +47,19 @@ class FlashInferAttention:
             "kv_data_type": dtype,
         }
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._ragged: list[Any] = []
-        self._paged: list[Any] = []
+        self._wrappers: dict[tuple[Any, str], list[Any]] = defaultdict(list)
         self._planned: list[Any] = []
+        self._device = torch.device(device)
 
     def plan(self, passes: list[AttentionPass]) -> None:
         """Prepare the passes of a forward; page tables stay on the host until here."""
-        from flashinfer import (
-            BatchPrefillWithPagedKVCacheWrapper,
-            BatchPrefillWithRaggedKVCacheWrapper,
-        )
-
         self._planned = []
-        num_ragged = num_paged = 0
         for step in passes:
+            wrapper = self._next_wrapper(step)
             indptrs = (torch.from_numpy(step.qo_indptr), torch.from_numpy(step.kv_indptr))
             if step.kv_indices is None:
-                cls = BatchPrefillWithRaggedKVCacheWrapper
-                wrapper = self._wrapper(self._ragged, num_ragged, cls)
-                num_ragged += 1
                 wrapper.plan(*indptrs, causal=step.causal, **self.shape)
             else:
-                cls = BatchPrefillWithPagedKVCacheWrapper
-                wrapper = self._wrapper(self._paged, num_paged, cls)
-                num_paged += 1
                 wrapper.plan(
                     *indptrs,
                     torch.from_numpy(step.kv_indices),
@@ -79,11 +70,25 @@ class FlashInferAttention:
                 )
             self._planned.append(wrapper)
 
-    def _wrapper(self, wrappers: list[Any], index: int, cls: Any) -> Any:
-        """The wrapper number `index`; each pass of a forward needs one of its own."""
-        if index == len(wrappers):
-            wrappers.append(cls(self._workspace, "NHD", backend=self.backend))
-        return wrappers[index]
+    def _next_wrapper(self, step: AttentionPass) -> Any:
+        """A wrapper that no earlier pass of this forward uses."""
+        import flashinfer
+
+        is_ragged = step.kv_indices is None
+        cls = (
+            flashinfer.BatchPrefillWithRaggedKVCacheWrapper
+            if is_ragged
+            else flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        )
+        backend = self.backend or prefill_backend(
+            step.qo_indptr, self.shape["num_qo_heads"], self._device
+        )
+        wrappers = self._wrappers[cls, backend]
+        unused = [wrapper for wrapper in wrappers if wrapper not in self._planned]
+        if unused:
+            return unused[0]
+        wrappers.append(cls(self._workspace, "NHD", backend=backend))
+        return wrappers[-1]
 
     def run(
         self,

@@ -87,8 +87,8 @@ def _fill_tensor(
         page = tl.load(page_ptr + entry).to(tl.int64)
         head_ptr = pages_ptr + page * SPEC.page_bytes + head * SPEC.head_bytes
         if CODING.num_bits == 16:
-            ptrs = (head_ptr + CODING.codes).to(tl.pointer_type(out_ptr.dtype.element_ty))
-            x = tl.load(ptrs + tokens[:, None] * D + channel[None, :], mask=valid[None, :])
+            row_ptr = (head_ptr + CODING.codes).to(tl.pointer_type(out_ptr.dtype.element_ty))
+            x = tl.load(row_ptr + tokens[:, None] * D + channel[None, :], mask=valid[None, :])
         else:
             x = _dequantize(head_ptr, tokens, position, channel, valid, CODING, which == 0, SPEC)
         x = x.to(out_ptr.dtype.element_ty)

@@ -128,13 +128,9 @@ class _Request:
         return self.last_page if self.quantized else self.first_touched
 
     @property
-    def scratch_pages(self) -> int:
-        return self.num_closed + self.num_touched
-
-    @property
-    def smallest_pass(self) -> int:
-        """Pages that must be in one pass: the causal part cannot be cut."""
-        return self.scratch_pages - self.first_touched
+    def final_pages(self) -> int:
+        """Pages that must share one pass with the queries' own pages: its mask cannot be cut."""
+        return self.num_closed - self.first_touched + self.num_touched
 
     @property
     def q_end(self) -> int:
@@ -186,55 +182,85 @@ def _touched(requests: list[_Request], resumed: dict[int, int]) -> TouchedPlan:
 
 
 def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass]:
-    """Requests share a pass while they fit; the prefix of one that does not is cut off before."""
+    """Requests share passes while they fit; of one that does not the prefix is cut.
+
+    Exact mode attends to prefix and fresh rows in one causal pass. Quantized mode takes the prefix,
+    which all fresh tokens see, in a pass of its own, because its last one is slower.
+    """
     passes: list[AttentionPass] = []
     group: list[_Request] = []
     for request in requests:
-        used = sum(member.scratch_pages for member in group)
-        if group and used + request.scratch_pages > max_pages:
-            passes.append(_final_pass(group, 0))
+        if group and not _fit([*group, request], max_pages):
+            passes += _group_passes(group)
             group = []
-        if request.scratch_pages <= max_pages:
+        if _fit([request], max(max_pages, request.final_pages)):
             group.append(request)
-            continue
-        room = max(max_pages, request.smallest_pass)
-        num_leading = request.scratch_pages - room
-        for begin in range(0, num_leading, room):
-            end = min(begin + room, num_leading)
-            passes.append(_leading_pass(request, begin, end))
-        passes.append(_final_pass([request], num_leading))
-    if group:
-        passes.append(_final_pass(group, 0))
-    return passes
+        else:
+            passes += _long_passes(request, max_pages)
+    return passes + _group_passes(group)
 
 
-def _leading_pass(request: _Request, begin: int, end: int) -> AttentionPass:
-    """All queries of a request against closed pages `begin` to `end` before all of them."""
-    return AttentionPass(
-        fills=_fills([_closed_fill(request, begin, end, 0)]),
-        q_begin=request.q_start,
-        q_end=request.q_end,
-        qo_indptr=np.array([0, request.q_end - request.q_start], np.int32),
-        kv_indptr=np.array([0, (end - begin) * PAGE_SIZE], np.int32),
-        kv_indices=None,
-        kv_last_page_len=None,
-        causal=False,
-        merges=begin > 0,
-    )
-
-
-def _final_pass(group: list[_Request], num_leading: int) -> AttentionPass:
-    """The rest of some requests: closed pages from `num_leading` on, and touched ones."""
+def _fit(group: list[_Request], max_pages: int) -> bool:
+    prefix = sum(request.first_touched for request in group)
+    final = sum(request.final_pages for request in group)
     if group[0].quantized:
-        return _paged_pass(group, num_leading)
-    fills = []
-    kv_lens = []
+        return max(prefix, final) <= max_pages
+    return prefix + final <= max_pages
+
+
+def _group_passes(group: list[_Request]) -> list[AttentionPass]:
+    """All passes of requests that fit together."""
+    if not group:
+        return []
+    if not group[0].quantized:
+        return [_causal_pass(group, 0)]
+    if not any(request.first_touched for request in group):
+        return [_paged_pass(group, merges=False)]
+    longest = max(request.first_touched for request in group)
+    return [_leading_pass(group, 0, longest), _paged_pass(group, merges=True)]
+
+
+def _long_passes(request: _Request, max_pages: int) -> list[AttentionPass]:
+    """All passes of one request whose prefix does not fit."""
+    room = max(max_pages, request.final_pages)
+    num_leading = request.first_touched
+    if not request.quantized:
+        num_leading -= room - request.final_pages
+    passes = [
+        _leading_pass([request], begin, min(begin + room, num_leading))
+        for begin in range(0, num_leading, room)
+    ]
+    if request.quantized:
+        return [*passes, _paged_pass([request], merges=True)]
+    return [*passes, _causal_pass([request], num_leading)]
+
+
+def _leading_pass(group: list[_Request], begin: int, end: int) -> AttentionPass:
+    """All queries of a group against the closed pages before them, `begin` to `end` at most."""
+    fills: list[FillPlan] = []
+    kv_lens: list[int] = []
     for request in group:
-        begin = sum(kv_lens)
-        num_closed = request.num_closed - num_leading
-        fills.append(_closed_fill(request, num_leading, request.num_closed, begin))
-        fills.append(_touched_fill(request, begin + num_closed * PAGE_SIZE))
-        kv_lens.append(request.seq_len - num_leading * PAGE_SIZE)
+        last = min(end, request.first_touched)
+        fills.append(_closed_fill(request, begin, last, sum(kv_lens)))
+        kv_lens.append((last - begin) * PAGE_SIZE)
+    return _ragged_pass(group, fills, kv_lens, causal=False, merges=begin > 0)
+
+
+def _causal_pass(group: list[_Request], begin: int) -> AttentionPass:
+    """Exact prefill: closed pages from `begin` on, then the pages this step touches."""
+    fills: list[FillPlan] = []
+    kv_lens: list[int] = []
+    for request in group:
+        target = sum(kv_lens)
+        fills.append(_closed_fill(request, begin, request.num_closed, target))
+        fills.append(_touched_fill(request, target + (request.num_closed - begin) * PAGE_SIZE))
+        kv_lens.append(request.seq_len - begin * PAGE_SIZE)
+    return _ragged_pass(group, fills, kv_lens, causal=True, merges=begin > 0)
+
+
+def _ragged_pass(
+    group: list[_Request], fills: list[FillPlan], kv_lens: list[int], causal: bool, merges: bool
+) -> AttentionPass:
     return AttentionPass(
         fills=_fills(fills),
         q_begin=group[0].q_start,
@@ -243,30 +269,31 @@ def _final_pass(group: list[_Request], num_leading: int) -> AttentionPass:
         kv_indptr=_indptr(kv_lens),
         kv_indices=None,
         kv_last_page_len=None,
-        causal=True,
-        merges=num_leading > 0,
+        causal=causal,
+        merges=merges,
     )
 
 
-def _paged_pass(group: list[_Request], num_leading: int) -> AttentionPass:
+def _paged_pass(group: list[_Request], merges: bool) -> AttentionPass:
     """Quantized prefill: the queries of each page are a sequence of their own.
 
-    They see the pages before theirs in codes and their own page in 16 bits, so that sequences of
-    one request share pages of the scratch buffer.
+    Of the pages this step touches they see those before theirs in codes and their own in 16 bits,
+    so that sequences of one request share pages of the scratch buffer.
     """
-    fills = []
+    fills: list[FillPlan] = []
     qo_lens, kv_pages, last_lens = [], [], []
     next_page = 0
     for request in group:
-        closed = np.arange(next_page, next_page + request.num_closed - num_leading, dtype=np.int32)
+        first = request.first_touched
+        closed = next_page + np.arange(request.num_closed - first, dtype=np.int32)
         own = next_page + len(closed)
-        fills.append(_closed_fill(request, num_leading, request.num_closed, next_page * PAGE_SIZE))
+        fills.append(_closed_fill(request, first, request.num_closed, next_page * PAGE_SIZE))
         fills.append(_touched_fill(request, own * PAGE_SIZE))
-        for page in range(request.first_touched, request.last_page + 1):
+        for page in range(first, request.last_page + 1):
             end = min(request.seq_len, (page + 1) * PAGE_SIZE)
             qo_lens.append(end - max(request.prefix_len, page * PAGE_SIZE))
-            own_page = np.array([own + page - request.first_touched], np.int32)
-            kv_pages.append(np.concatenate([closed[: page - num_leading], own_page]))
+            own_page = np.array([own + page - first], np.int32)
+            kv_pages.append(np.concatenate([closed[: page - first], own_page]))
             last_lens.append(end - page * PAGE_SIZE)
         next_page = own + request.num_touched
     return AttentionPass(
@@ -278,7 +305,7 @@ def _paged_pass(group: list[_Request], num_leading: int) -> AttentionPass:
         kv_indices=np.concatenate(kv_pages),
         kv_last_page_len=np.array(last_lens, np.int32),
         causal=True,
-        merges=num_leading > 0,
+        merges=merges,
     )
 
 

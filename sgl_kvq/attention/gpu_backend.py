@@ -1,0 +1,181 @@
+"""The attention backend on a GPU: Gluon and Triton kernels, FlashInfer for prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sgl_kvq.attention.backend import KvqAttnBackend
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import ConfigError
+from sgl_kvq.kernels.append.api import TouchedPages, append
+from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
+from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
+from sgl_kvq.kernels.extend.batch import ExtendBatch, upload_extend
+from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
+from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
+from sgl_kvq.kernels.extend.plan import plan_extend
+from sgl_kvq.kernels.paged_cache import PageTable, SlotMaps
+from sgl_kvq.kernels.tables.api import DecodeTables
+
+
+class GpuAttnBackend(KvqAttnBackend):
+    """Attention with the GPU kernels; see `KvqAttnBackend`.
+
+    Decode steps run in CUDA graphs: page tables are made inside the graph, from tensors that SGLang
+    refreshes before each replay. Extend steps run eagerly.
+
+    Raises:
+        ConfigError: heads or layers that the kernels do not cover.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        layer = self.layers[0]
+        self._check_heads(layer)
+        device = self.pool.device
+        self.slots = SlotMaps(self.pool.open_slots.slot_of, self.pool.sink_slots.slot_of)
+        self._reserve(self.req_to_token.shape[0])
+        self.max_pages = scratch_pages(self.layout.num_kv_heads, self.layout.head_dim)
+        self.extend_workspace = ExtendWorkspace(self.layout, self.max_pages, device)
+        self.prefill = FlashInferAttention(
+            layer.tp_q_head_num,
+            self.layout.num_kv_heads,
+            prefill_head_dim(self.layout.head_dim),
+            self.layout.row_dtype,
+            layer.scaling,
+            device,
+        )
+        self.decode_metadata: tuple[PageTable, TouchedPages] | None = None
+        self.extend_metadata: ExtendBatch | None = None
+
+    def _check_heads(self, layer: Any) -> None:
+        group = layer.tp_q_head_num // self.layout.num_kv_heads
+        head_dim = self.layout.head_dim
+        reasons = (
+            (not 1 <= group <= 16, f"{group} query heads for a KV head, expected 1 to 16"),
+            (not 64 <= head_dim <= 256, f"head_dim {head_dim}, expected 64 to 256"),
+            (
+                any(other.scaling != layer.scaling for other in self.layers),
+                "layers with different score scales",
+            ),
+        )
+        for found, what in reasons:
+            if found:
+                raise ConfigError(
+                    f"--kv-quant on a GPU: this model has {what}; run it without --kv-quant"
+                )
+
+    def _reserve(self, max_batch: int) -> None:
+        """Allocate tables and partial results for decode batches of `max_batch`."""
+        pages_per_request = -(-self.req_to_token.shape[1] // PAGE_SIZE)
+        device = self.pool.device
+        self.tables = DecodeTables(max_batch, max_batch * pages_per_request, device)
+        num_qo_heads = self.layers[0].tp_q_head_num
+        self.workspace = DecodeWorkspace(max_batch, num_qo_heads, self.layout, device)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make room for the largest captured batch; see `AttentionBackend`."""
+        if max_bs > self.workspace.max_batch:
+            self._reserve(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of a padding row: one token, in page and slot 0."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan an extend step; see `AttentionBackend`."""
+        self.refuse_mode(forward_batch)
+        if forward_batch.forward_mode.is_decode_or_idle():
+            return
+        plan = plan_extend(
+            list(forward_batch.extend_prefix_lens_cpu),
+            list(forward_batch.extend_seq_lens_cpu),
+            self.config.quantized_prefill,
+            self.max_pages,
+        )
+        self.extend_workspace.reserve(plan.scratch_pages)
+        self.prefill.plan(plan.passes)
+        self.extend_metadata = upload_extend(
+            plan, self.req_to_token, forward_batch.req_pool_indices, self.slots
+        )
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Make the tables of a decode step, inside its graph; see `AttentionBackend`."""
+        if forward_batch.forward_mode.is_decode():
+            self.decode_metadata = self.tables.update(
+                forward_batch.seq_lens,
+                forward_batch.req_pool_indices,
+                forward_batch.out_cache_loc,
+                self.req_to_token,
+                self.slots,
+            )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append one row a request and attend; see `AttentionBackend`.
+
+        Returns:
+            [batch, num_qo_heads * head_dim].
+        """
+        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        queries, keys, values = (x.to(self.layout.row_dtype) for x in rows)
+        assert self.decode_metadata is not None
+        table, touched = self.decode_metadata
+        cache = self.pool.layer(layer.layer_id)
+        append(cache, self.layout, keys, values, touched, self.pool.num_contained)
+        out, _ = decode(queries, cache, table, self.layout, layer.scaling, self.workspace)
+        return out.flatten(1).to(q.dtype)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append fresh rows and attend; see `AttentionBackend`.
+
+        Returns:
+            [tokens, num_qo_heads * head_dim].
+        """
+        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        queries, keys, values = (x.to(self.layout.row_dtype) for x in rows)
+        batch = self.extend_metadata
+        assert batch is not None
+        cache = self.pool.layer(layer.layer_id)
+        prior_rows = batch.prior_rows(cache)
+        contained = self.pool.num_contained
+        append(cache, self.layout, keys, values, batch.touched, contained, prior_rows)
+        out, _ = extend(
+            queries,
+            keys,
+            values,
+            cache,
+            self.layout,
+            batch.passes,
+            batch.fills,
+            batch.touched,
+            prior_rows,
+            self.prefill,
+            self.extend_workspace,
+        )
+        return out.flatten(1).to(q.dtype)
+
+    def support_triton(self) -> bool:
+        """SGLang may use its own Triton helper kernels."""
+        return True

@@ -1,0 +1,104 @@
+"""The attention backend on a CPU: the PyTorch reference kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sgl_kvq.attention.backend import KvqAttnBackend
+from sgl_kvq.attention.cpu_threads import SMALL_STEP, one_thread_if
+from sgl_kvq.attention.torch_metadata import (
+    DecodeMetadata,
+    ExtendMetadata,
+    decode_metadata,
+    extend_metadata,
+)
+from sgl_kvq.kernels.append.store import append_decode, append_extend
+from sgl_kvq.kernels.decode.reference import decode
+from sgl_kvq.kernels.extend.reference import extend
+
+
+class TorchAttnBackend(KvqAttnBackend):
+    """Attention with the reference kernels; see `KvqAttnBackend`."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self.forward_metadata: DecodeMetadata | ExtendMetadata | None = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Make the index tensors of a forward; see `AttentionBackend`."""
+        self.refuse_mode(forward_batch)
+        mode = forward_batch.forward_mode
+        if mode.is_idle():
+            self.forward_metadata = None
+        elif mode.is_decode():
+            self.forward_metadata = decode_metadata(forward_batch, self.req_to_token, self.pool)
+        else:
+            self.forward_metadata = extend_metadata(
+                forward_batch, self.req_to_token, self.pool, self.config.quantized_prefill
+            )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append one row a request and attend; see `AttentionBackend`.
+
+        Returns:
+            [batch, num_qo_heads * head_dim].
+        """
+        q, k, v = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        metadata = self.forward_metadata
+        assert isinstance(metadata, DecodeMetadata)
+        cache = self.pool.layer(layer.layer_id)
+        size = len(metadata.plan.pages) * self.layout.num_kv_heads * self.layout.head_dim
+        with one_thread_if(size <= SMALL_STEP):
+            self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
+            # A left factor in float32 is exact, and on a CPU faster than rounded ones (8 requests
+            # of 2,048 tokens, 2-core Xeon: 11.6 against 15.5 ms).
+            out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, "dequantize")
+        return out.flatten(1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append fresh rows and attend; see `AttentionBackend`.
+
+        Returns:
+            [tokens, num_qo_heads * head_dim].
+        """
+        q, k, v = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        metadata = self.forward_metadata
+        assert isinstance(metadata, ExtendMetadata)
+        cache = self.pool.layer(layer.layer_id)
+        rows, num_contained = append_extend(cache, self.layout, k, v, metadata.append)
+        self.pool.num_contained += num_contained
+        out = extend(
+            q,
+            cache.pages,
+            rows,
+            cache.sink_rows,
+            metadata.requests,
+            self.layout,
+            layer.scaling,
+            self.config.quantized_prefill,
+        )
+        return out.flatten(1)
+
+    def support_triton(self) -> bool:
+        """Triton does not run on a CPU."""
+        return False

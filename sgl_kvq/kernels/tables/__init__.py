@@ -1,0 +1,1 @@
+"""Page tables of a decode step."""
