@@ -17,3 +17,15 @@ class HostError(KvqError):
 
 class PoolExhaustedError(KvqError):
     """No open-page or sink slot is free although admission should have kept one."""
+
+
+class TransferError(KvqError):
+    """A PD transfer cannot start or go on."""
+
+
+class WireError(TransferError):
+    """Bytes from a peer do not follow the wire format."""
+
+
+class ChecksumError(WireError):
+    """A block arrived with other bytes than were sent; sending it again can help."""

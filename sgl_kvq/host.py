@@ -30,6 +30,19 @@ _NAMES = {
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_exec": "sglang.srt.runtime_context:get_exec",
     "get_disagg": "sglang.srt.runtime_context:get_disagg",
+    # PD disaggregation
+    "add_disagg_transfer_backend_choices": (
+        "sglang.srt.server_args:add_disagg_transfer_backend_choices"
+    ),
+    "TransferBackend": "sglang.srt.disaggregation.utils:TransferBackend",
+    "KVClassType": "sglang.srt.disaggregation.utils:KVClassType",
+    "KVArgs": "sglang.srt.disaggregation.base.conn:KVArgs",
+    "KVPoll": "sglang.srt.disaggregation.base.conn:KVPoll",
+    "KVTransferError": "sglang.srt.disaggregation.common.conn:KVTransferError",
+    "CommonKVManager": "sglang.srt.disaggregation.common.conn:CommonKVManager",
+    "CommonKVSender": "sglang.srt.disaggregation.common.conn:CommonKVSender",
+    "CommonKVReceiver": "sglang.srt.disaggregation.common.conn:CommonKVReceiver",
+    "CommonKVBootstrapServer": "sglang.srt.disaggregation.common.conn:CommonKVBootstrapServer",
     # model
     "AttentionArch": "sglang.srt.configs.model_config:AttentionArch",
     "mambaish_config": "sglang.srt.configs.hybrid_arch:mambaish_config",
@@ -65,6 +78,11 @@ RESOLVE_POOL_SIZE = f"{_CONFIGURATOR}._resolve_memory_pool_config"
 BUILD_POOL = f"{_CONFIGURATOR}._build_token_to_kv_pool"
 BUILD_ALLOCATOR = f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator"
 ALLOC_EXTEND = "sglang.srt.mem_cache.allocation.alloc_paged_token_slots_extend"
+GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
+PREFILL_MANAGER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue._init_kv_manager"
+_PREALLOC_QUEUE = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
+DECODE_MANAGER = f"{_PREALLOC_QUEUE}._init_kv_manager"
+DECODE_PREALLOC = f"{_PREALLOC_QUEUE}._pre_alloc"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 METRICS_REPORTER = (
     "sglang.srt.managers.scheduler_components.metrics_reporter"

@@ -13,6 +13,7 @@ from typing import Any
 from sgl_kvq import host
 from sgl_kvq.errors import HostError
 from sgl_kvq.server_args import BACKEND, KvqServerArgs, quant_config
+from sgl_kvq.transfer.options import TRANSFER_BACKEND
 
 _registered = False
 
@@ -32,6 +33,8 @@ def register() -> None:
         hook(target, function, kind.AROUND)
     host.add_attention_backend_choices([BACKEND])
     host.register_attention_backend(BACKEND)(_create_backend)
+    host.add_disagg_transfer_backend_choices([TRANSFER_BACKEND])
+    _add_transfer_backend()
     # `sgl.Engine` keeps the class as an attribute, which the hook registry does not see.
     engine = sys.modules.get("sglang.srt.entrypoints.engine")
     if engine is not None:
@@ -56,9 +59,13 @@ def check_hooks() -> None:
 
 
 def _create_backend(runner: Any) -> Any:
-    from sgl_kvq.attention.backend import KvqAttnBackend
+    if str(runner.token_to_kv_pool.device).startswith("cuda"):
+        from sgl_kvq.attention.gpu_backend import GpuAttnBackend
 
-    return KvqAttnBackend(runner)
+        return GpuAttnBackend(runner)
+    from sgl_kvq.attention.torch_backend import TorchAttnBackend
+
+    return TorchAttnBackend(runner)
 
 
 def _resolve_pool_size(
@@ -80,7 +87,10 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
     from sgl_kvq.memory_pool.sizing import build_pool
 
     num_tokens = kwargs["sizes"].max_total_num_tokens
-    return build_pool(configurator, config, num_tokens, kwargs["req_to_token_pool"].size)
+    requests = kwargs["req_to_token_pool"]
+    # A decode instance has further rows for requests whose pages are still on the way.
+    open_slots = requests.size + getattr(requests, "pre_alloc_size", 0)
+    return build_pool(configurator, config, num_tokens, open_slots)
 
 
 def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
@@ -173,6 +183,10 @@ _AROUND: dict[str, Callable[..., Any]] = {
     host.BUILD_ALLOCATOR: _build_allocator,
     host.ALLOC_EXTEND: _alloc_extend,
     host.SUPPORT_TRITON: _support_triton,
+    host.GET_KV_CLASS: _kv_class,
+    host.PREFILL_MANAGER: _start_manager,
+    host.DECODE_MANAGER: _start_manager,
+    host.DECODE_PREALLOC: _prealloc,
     host.METRICS_REPORTER: _start_metrics,
     host.LOG_STATS: _log_stats,
 }

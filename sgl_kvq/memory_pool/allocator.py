@@ -42,8 +42,8 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
             extend_num_tokens,
             num_new_pages,
         )
-        if out is None:
-            return None
+        if out is None or extend_num_tokens == 0:
+            return out  # a decode instance may have all pages of a prompt already
         end = torch.cumsum(seq_lens_cpu - prefix_lens_cpu, 0)
         last_page = out[(end - 1).to(out.device)] // PAGE_SIZE
         first_page = out[(end - (seq_lens_cpu - prefix_lens_cpu)).to(out.device)] // PAGE_SIZE

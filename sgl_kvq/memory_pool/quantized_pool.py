@@ -79,6 +79,11 @@ class QuantizedKVPool(KVCache):
         """Storage of one layer."""
         return self._layers[layer_id - self.start_layer]
 
+    @property
+    def layers(self) -> list[PagedCache]:
+        """Storage of this rank's layers, in order."""
+        return self._layers
+
     def get_kv_size_bytes(self) -> int:
         """Bytes allocated, open pages and sink rows included."""
         return self.plan.total_bytes

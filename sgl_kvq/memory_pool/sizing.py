@@ -82,16 +82,20 @@ def resolve_pool_config(
         budget = configurator._profile_available_bytes(pre_model_load_memory)
     else:
         budget = int(config.memory_gb * 2**30)
+    # Requests whose pages are still on the way to a decode instance hold open pages, too.
+    arriving = 0
+    if get_disagg().disaggregation_mode == "decode":
+        arriving = get_disagg().disaggregation_decode_extra_slots or 0
     requested = get_schedule().max_running_requests
     if requested is not None:
-        requested = max(1, requested // configurator.ps.attn_dp_size)
+        requested = max(1, requested // configurator.ps.attn_dp_size) + arriving
     plan = _plan(configurator, config, budget, requested)
     max_tokens = configurator._apply_token_constraints(plan.num_tokens)
     if max_tokens < plan.num_tokens:
         plan = _plan(configurator, config, budget, requested, max_tokens)
     return MemoryPoolConfig(
         max_total_num_tokens=plan.num_tokens,
-        max_running_requests=plan.open_slots,
+        max_running_requests=max(1, plan.open_slots - arriving),
         mem_fraction_static=get_schedule().mem_fraction_static,
     )
 
