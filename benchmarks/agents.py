@@ -163,12 +163,15 @@ class Workload:
             self._take(documents, sizes.private_tokens) for _ in range(sizes.num_agents)
         ]
 
-    def run(self, server: Server, on_request: Callable[[Request], None]) -> list[Request]:
+    def run(
+        self, server: Server, on_request: Callable[[Request], None], flush: bool = True
+    ) -> list[Request]:
         """Let all agents ask in all rounds.
 
         Args:
             server: An idle server started with `--enable-cache-report`; its cache is emptied.
             on_request: Called after each answer.
+            flush: Whether to empty the cache; a router cannot.
 
         Returns:
             The requests in the order in which they were sent.
@@ -176,7 +179,8 @@ class Workload:
         Raises:
             ServerError: A request failed.
         """
-        server.flush_cache()
+        if flush:
+            server.flush_cache()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         model = client.models.list().data[0].id
         transcripts = [[{"role": "system", "content": self._system}] for _ in self._private]

@@ -145,6 +145,54 @@ def launch_server(
         ServerError: The process ended or the deadline passed before the server was healthy, or
             a request failed in the block.
     """
+    with launch_servers(model, [(extra_args, log_path)], timeout_s, on_wait) as (server,):
+        yield server
+
+
+@contextmanager
+def launch_servers(
+    model: Path | str,
+    commands: Sequence[tuple[Sequence[str], Path]],
+    timeout_s: float = 240,
+    on_wait: Callable[[float], None] | None = None,
+) -> Iterator[list[Server]]:
+    """Start several servers at once, as `launch_server` starts one.
+
+    Args:
+        model: Local Hugging Face folder.
+        commands: Further arguments and log file of each.
+        timeout_s: Deadline for the first healthy answer of each.
+        on_wait: Called with the seconds waited for each.
+
+    Yields:
+        The servers, in order.
+
+    Raises:
+        ServerError: As `launch_server`.
+    """
+    started: list[tuple[subprocess.Popen[bytes], str, Path]] = []
+    try:
+        for extra_args, log_path in commands:
+            process, url = _start(model, extra_args, log_path)
+            started.append((process, url, log_path))
+        servers = [
+            Server(url, process, log, _wait_until_healthy(process, url, log, timeout_s, on_wait))
+            for process, url, log in started
+        ]
+        try:
+            yield servers
+        except (requests.RequestException, ServerError) as error:
+            tails = "\n".join(f"end of {log}:\n{log_tail(log)}" for _, _, log in started)
+            raise ServerError(f"{error}; {tails}") from error
+    finally:
+        for process, _, _ in started:
+            stop_group(process)
+
+
+def _start(
+    model: Path | str, extra_args: Sequence[str], log_path: Path
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a server process; return it with its address."""
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *extra_args]
@@ -157,15 +205,7 @@ def launch_server(
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        start_s = _wait_until_healthy(process, url, log_path, timeout_s, on_wait)
-        try:
-            yield Server(url, process, log_path, start_s)
-        except (requests.RequestException, ServerError) as error:
-            raise ServerError(f"{error}; end of {log_path}:\n{log_tail(log_path)}") from error
-    finally:
-        _stop_group(process)
+    return process, f"http://127.0.0.1:{port}"
 
 
 def _wait_until_healthy(
@@ -200,7 +240,7 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
+def stop_group(process: subprocess.Popen[bytes]) -> None:
     """Kill the process group: SGLang's graceful end takes 10 s and a benchmark keeps no state."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import secrets
-import time
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,9 @@ class KvqManager(CommonKVManager):
             weights_digest(self.server_args.model_path),
         )
         instance = secrets.randbits(64)
+        if str(pool.device) == "cpu":
+            # SGLang's early sending of cached pages waits for a CUDA event.
+            os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
         if self.disaggregation_mode.value == "prefill":
             self.thread = PrefillThread(
                 self.config,
@@ -228,8 +231,6 @@ class KvqSender(_Poller, CommonKVSender):
         )
         self.ticket = mgr.make_ticket(bootstrap_room)
         self.num_tokens = 0
-        self._bytes = 0
-        self._begin: float | None = None
         mgr.thread.open_room(bootstrap_room, self.ticket)
 
     def pop_decode_prefix_len(self) -> int:
@@ -263,7 +264,6 @@ class KvqSender(_Poller, CommonKVSender):
         pages, _, is_last, should_skip = self._prepare_send_indices(kv_indices, state_indices)
         if should_skip:
             return
-        self._begin = self._begin or time.perf_counter()
         self._record_transfer_indices(pages, state_indices)
         blocks = self._cut(pages, num_kv_tokens)
         if is_last:
@@ -279,7 +279,8 @@ class KvqSender(_Poller, CommonKVSender):
         pages = torch.as_tensor(page_indices, dtype=torch.int64, device=pool.device)
         num_rows = self.num_tokens % PAGE_SIZE
         closed = pages[:-1] if num_rows and len(pages) else pages
-        ready = access.event()
+        # SGLang sets this event when the pages are cached ones of a batch that still runs.
+        ready = getattr(self, "_early_send_wait_event", None) or access.event()
         blocks: list[Block] = []
         if first_page == 0 and len(closed) and pool.plan.sink_tokens:
             slot = pool.sink_slots.slot_of[pages[:1]]

@@ -1,0 +1,191 @@
+"""PD through real servers equals one server that does both, token for token, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import logprob_differences
+from proxy import Proxy
+from scheduler_harness import Result
+
+from benchmarks.pd import Cluster, launch_pd, transfer_metrics
+from benchmarks.servers import free_port, launch_servers
+
+pytestmark = pytest.mark.e2e
+
+NEW_TOKENS = 8
+MEMORY_GB = 0.2
+# SGLang against itself in other batches: see tests/serving/test_control.py.
+LOGPROB_BUDGET = 0.3
+VARIANTS = {
+    "bf16": (["--kv-quant", "bf16"], True),
+    "hack4": (["--kv-quant", "hack4"], False),
+    "hack2": (["--kv-quant", "hack2"], True),
+    "hack2-quantized": (["--kv-quant", "hack2", "--kv-quant-prefill", "quantized"], False),
+}
+
+
+def make_prompts(text_ids: list[int]) -> list[list[int]]:
+    """Lengths around the page, a long one, and families with a shared prefix."""
+    prompts = [text_ids[n : n + n] for n in (1, 63, 64, 65, 2000)]
+    for tail in (1, 64, 100):
+        prompts.append(text_ids[:320] + text_ids[3000 + tail : 3000 + 2 * tail])
+    return [*prompts, prompts[2], prompts[4]]  # the last two are known in whole
+
+
+def ask(cluster: Cluster, prompt: list[int]) -> Result:
+    answer = cluster.generate(
+        {
+            "input_ids": prompt,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": NEW_TOKENS,
+                "ignore_eos": True,
+            },
+            "return_logprob": True,
+            "top_logprobs_num": 2,
+        }
+    )
+    assert answer.status_code == 200, answer.text
+    meta = answer.json()["meta_info"]
+    tokens = meta["output_token_logprobs"]
+    return Result(
+        output_ids=[token for _, token, _ in tokens],
+        input_logprobs=None,
+        output_logprobs=[logprob for logprob, _, _ in tokens],
+        top=[[(pair[0], pair[1]) for pair in pairs] for pairs in meta["output_top_logprobs"]],
+        cached_tokens=meta["cached_tokens"],
+        finish_reason=meta["finish_reason"]["type"],
+    )
+
+
+def options(flags: list[str]) -> dict[str, Any]:
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
+    return dict(zip(names, flags[1::2], strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pd_equals_one_server(
+    variant: str,
+    model_path: str,
+    text_ids: list[int],
+    tmp_path: Path,
+    start_scheduler: Callable[..., Any],
+) -> None:
+    flags, with_radix = VARIANTS[variant]
+    prompts = make_prompts(text_ids)
+    crowd = [text_ids[100 * i : 100 * i + 40 + 23 * i] for i in range(16)]
+    common = ["--chunked-prefill-size", "512", "--max-running-requests", "4", "--random-seed", "0"]
+    common += ["--kv-quant-memory-gb", str(MEMORY_GB), "--enable-metrics", *flags]
+    decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
+    with launch_pd(model_path, common, tmp_path, decode_flags=decode_flags) as cluster:
+        answers = [ask(cluster, prompt) for prompt in prompts]
+        before = transfer_metrics(cluster.prefill)
+        known = ask(cluster, prompts[4])
+        after = transfer_metrics(cluster.prefill)
+        with ThreadPoolExecutor(16) as pool:
+            crowd_answers = list(pool.map(lambda prompt: ask(cluster, prompt), crowd))
+        total = transfer_metrics(cluster.decode)
+    scheduler = start_scheduler(
+        model_path,
+        chunked_prefill_size=512,
+        max_running_requests=4,
+        kv_quant_memory_gb=MEMORY_GB,
+        **options(flags),
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (expected,) = scheduler.generate([prompt], NEW_TOKENS)
+        assert answer.output_ids == expected.output_ids, len(prompt)
+        assert answer.output_logprobs == expected.output_logprobs, len(prompt)
+    assert known.output_ids == answers[4].output_ids
+    # The batches of a crowd differ from run to run, and with them the last bits of bfloat16.
+    expected_crowd = scheduler.generate(crowd, NEW_TOKENS)
+    difference = logprob_differences(crowd_answers, expected_crowd, LOGPROB_BUDGET)
+    if variant == "bf16":  # 2-bit codes amplify the last bit, see README
+        assert difference.max() < LOGPROB_BUDGET
+
+    page_tokens = "kvq_transfer_closed_page_tokens_total"
+    sent = after[page_tokens] - before[page_tokens]
+    assert sent == (0 if with_radix else len(prompts[4]) // 64 * 64)
+    pool_bytes = scheduler.pool.plan.layout.bytes_per_token * scheduler.pool.plan.num_layers
+    wire = after["kvq_transfer_wire_bytes_total:pages"]
+    wire += after["kvq_transfer_wire_bytes_total:header"]
+    assert wire / after[page_tokens] <= 1.01 * pool_bytes
+    assert total["kvq_transfer_transfers_total:success"] == len(prompts) + 1 + len(crowd)
+    assert not total.get("kvq_transfer_checksum_failures_total")
+
+
+def test_kill_and_restart_of_either_instance(
+    tiny_model_path: str, text_ids: list[int], tmp_path: Path
+) -> None:
+    """kill -9 in the middle of a transfer: an error within the deadline, then all is well."""
+    deadline_s, port, bootstrap_port = 4.0, free_port(), free_port()
+    proxy = Proxy(port)
+    common = ["--kv-quant", "bf16", "--kv-quant-memory-gb", "0.02", "--max-running-requests", "4"]
+    common += ["--kv-quant-transfer-deadline-s", str(deadline_s), "--kv-quant-transfer-block-kb"]
+    common += ["64", "--disaggregation-transfer-backend", "kvq-zmq", "--random-seed", "0"]
+    common += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
+    prefill = [*common, "--disaggregation-mode", "prefill", "--kv-quant-transfer-port", str(port)]
+    prefill += ["--kv-quant-transfer-advertise", f"127.0.0.1:{proxy.port}"]
+    decode = [*common, "--disaggregation-mode", "decode"]
+    prompt = text_ids[:2000]
+
+    def interrupted(cluster: Cluster, victim: Any) -> None:
+        """Stall a transfer half-way, kill one instance, wait for the other's answer."""
+        proxy.damage_once(lambda data: (proxy.stalled.set(), data)[1])
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(lambda: ask_both(cluster, prompt))
+            assert proxy.stalled.wait(30)
+            os.killpg(victim.process.pid, signal.SIGKILL)
+            began = time.monotonic()
+            survivor = 1 if victim is cluster.prefill else 0
+            status, text = answer.result()[survivor]
+            assert time.monotonic() - began < 3 * deadline_s
+            assert status == 500, text
+            assert "instance" in text
+        proxy.cut()
+        proxy.stalled.clear()
+
+    with launch_servers(
+        tiny_model_path, [(prefill, tmp_path / "prefill.log"), (decode, tmp_path / "decode.log")]
+    ) as (first_prefill, first_decode):
+        cluster = Cluster(first_prefill, first_decode, bootstrap_port)
+        expected = ask(cluster, prompt).output_ids
+        interrupted(cluster, first_decode)
+        with launch_servers(tiny_model_path, [(decode, tmp_path / "decode2.log")]) as (again,):
+            cluster = Cluster(first_prefill, again, bootstrap_port)
+            assert ask(cluster, prompt).output_ids == expected
+            interrupted(cluster, first_prefill)
+            with launch_servers(tiny_model_path, [(prefill, tmp_path / "prefill2.log")]) as (new,):
+                assert ask(Cluster(new, again, bootstrap_port), prompt).output_ids == expected
+    proxy.close()
+
+
+def ask_both(cluster: Cluster, prompt: list[int]) -> list[tuple[int, str]]:
+    """Status and text of both instances; 0 for one that hung up."""
+    import requests
+
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        "bootstrap_host": "127.0.0.1",
+        "bootstrap_port": cluster.bootstrap_port,
+        "bootstrap_room": int.from_bytes(os.urandom(7), "little"),
+    }
+
+    def post(server: Any) -> tuple[int, str]:
+        try:
+            answer = requests.post(f"{server.url}/generate", json=body, timeout=60)
+        except requests.RequestException as error:
+            return 0, str(error)
+        return answer.status_code, answer.text
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(post, (cluster.prefill, cluster.decode)))
