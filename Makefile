@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL := .model/smollm2-135m
 DEMO_ARGS ?=
 
-.PHONY: install model demo test check bench clean
+.PHONY: install model demo demo-pd test check bench clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ $(MODEL)/model.safetensors: | install
 
 demo: install model
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+
+demo-pd: install model
+	$(BIN)/python -m benchmarks.demo_pd $(DEMO_ARGS)
 
 test: install model
 	$(BIN)/python -m pytest

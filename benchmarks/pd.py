@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
-from benchmarks.servers import Server, ServerError, free_port, launch_servers, stop_group
+from benchmarks.servers import Launch, Server, ServerError, free_port, launch_servers, stop_group
 
 ROUTER_START_S = 60.0
 _SAMPLE = re.compile(r"^(kvq_transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
@@ -39,7 +40,7 @@ class Cluster:
     def generate(self, payload: dict[str, Any], timeout_s: float = 120) -> requests.Response:
         """Send one request to both instances, as a router does; return the decode one's answer."""
         body = payload | {
-            "bootstrap_host": "127.0.0.1",
+            "bootstrap_host": urlsplit(self.prefill.url).hostname,
             "bootstrap_port": self.bootstrap_port,
             "bootstrap_room": random.getrandbits(62),
         }
@@ -71,6 +72,8 @@ def launch_pd(
     log_folder: Path,
     prefill_flags: Sequence[str] = (),
     decode_flags: Sequence[str] = (),
+    prefill_host: str = "127.0.0.1",
+    prefill_prefix: tuple[str, ...] = (),
 ) -> Iterator[Cluster]:
     """Start both instances at once and stop them at exit.
 
@@ -80,6 +83,8 @@ def launch_pd(
         log_folder: Receives prefill.log and decode.log.
         prefill_flags: For the prefill instance only.
         decode_flags: For the decode instance only.
+        prefill_host: Address of the prefill instance.
+        prefill_prefix: Command in front of it, as `ip netns exec NAME`.
 
     Raises:
         ServerError: an instance did not start, or a request failed in the block.
@@ -87,9 +92,11 @@ def launch_pd(
     port = free_port()
     backend = ["--disaggregation-transfer-backend", "kvq-zmq"]
     common = [*flags, *backend, "--disaggregation-bootstrap-port", str(port)]
+    prefill_args = [*common, "--disaggregation-mode", "prefill", *prefill_flags]
+    decode_args = [*common, "--disaggregation-mode", "decode", *decode_flags]
     commands = [
-        ([*common, "--disaggregation-mode", mode, *own], log_folder / f"{mode}.log")
-        for mode, own in (("prefill", prefill_flags), ("decode", decode_flags))
+        Launch(prefill_args, log_folder / "prefill.log", prefill_host, prefill_prefix),
+        Launch(decode_args, log_folder / "decode.log"),
     ]
     with launch_servers(model, commands) as (prefill, decode):
         yield Cluster(prefill, decode, port)

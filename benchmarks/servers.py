@@ -88,6 +88,23 @@ class Server:
         return response.json()
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server.
+
+    Attributes:
+        extra_args: Arguments besides host, port and model path.
+        log_path: File for its output; overwritten.
+        host: Address it listens on.
+        prefix: Command in front, as `ip netns exec NAME`.
+    """
+
+    extra_args: Sequence[str]
+    log_path: Path
+    host: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
 def hardware_name() -> str:
     """Return the name of the accelerator SGLang will use, or of the CPU when there is none."""
     import torch
@@ -145,14 +162,14 @@ def launch_server(
         ServerError: The process ended or the deadline passed before the server was healthy, or
             a request failed in the block.
     """
-    with launch_servers(model, [(extra_args, log_path)], timeout_s, on_wait) as (server,):
+    with launch_servers(model, [Launch(extra_args, log_path)], timeout_s, on_wait) as (server,):
         yield server
 
 
 @contextmanager
 def launch_servers(
     model: Path | str,
-    commands: Sequence[tuple[Sequence[str], Path]],
+    commands: Sequence[Launch],
     timeout_s: float = 240,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[list[Server]]:
@@ -160,7 +177,7 @@ def launch_servers(
 
     Args:
         model: Local Hugging Face folder.
-        commands: Further arguments and log file of each.
+        commands: What to start.
         timeout_s: Deadline for the first healthy answer of each.
         on_wait: Called with the seconds waited for each.
 
@@ -172,9 +189,9 @@ def launch_servers(
     """
     started: list[tuple[subprocess.Popen[bytes], str, Path]] = []
     try:
-        for extra_args, log_path in commands:
-            process, url = _start(model, extra_args, log_path)
-            started.append((process, url, log_path))
+        for launch in commands:
+            process, url = _start(model, launch)
+            started.append((process, url, launch.log_path))
         servers = [
             Server(url, process, log, _wait_until_healthy(process, url, log, timeout_s, on_wait))
             for process, url, log in started
@@ -189,15 +206,14 @@ def launch_servers(
             stop_group(process)
 
 
-def _start(
-    model: Path | str, extra_args: Sequence[str], log_path: Path
-) -> tuple[subprocess.Popen[bytes], str]:
+def _start(model: Path | str, launch: Launch) -> tuple[subprocess.Popen[bytes], str]:
     """Start a server process; return it with its address."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *extra_args]
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log:
+    command = [*launch.prefix, sys.executable, "-m", "sglang.launch_server"]
+    command += ["--model-path", str(model), "--host", launch.host, "--port", str(port)]
+    command += launch.extra_args
+    launch.log_path.parent.mkdir(parents=True, exist_ok=True)
+    with launch.log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
@@ -205,7 +221,7 @@ def _start(
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-    return process, f"http://127.0.0.1:{port}"
+    return process, f"http://{launch.host}:{port}"
 
 
 def _wait_until_healthy(

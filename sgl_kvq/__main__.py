@@ -10,7 +10,12 @@ from sgl_kvq.errors import KvqError
 
 # Name: (module, help). A module is imported only when its command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "calibrate": (
+        "sgl_kvq.commands.calibrate",
+        "Measure a model's Q, K and V for --kv-quant kvq2 and kvq4.",
+    ),
     "check": ("sgl_kvq.commands.check", "Say whether GPU, SGLang, hooks and kernels work here."),
+    "keys": ("sgl_kvq.commands.keys", "Make CURVE keys for PD transfer beyond one machine."),
 }
 
 

@@ -153,3 +153,15 @@ def test_clear_frees_everything() -> None:
     allocator.clear()
     assert used(pool) == (0, 0)
     assert allocator.available_size() == pool.size
+
+
+def test_a_prompt_that_is_there_in_whole_takes_nothing() -> None:
+    """A decode instance allocates for a prompt whose pages are all in its radix tree."""
+    pool, allocator = make()
+    out = extend(allocator, [0], [128], [-1])
+    assert out is not None
+    before = used(pool), allocator.available_size()
+    nothing = extend(allocator, [128], [128], [int(out[-1])])
+    assert nothing is not None
+    assert len(nothing) == 0
+    assert (used(pool), allocator.available_size()) == before

@@ -16,7 +16,7 @@ from proxy import Proxy
 from scheduler_harness import Result
 
 from benchmarks.pd import Cluster, launch_pd, transfer_metrics
-from benchmarks.servers import free_port, launch_servers
+from benchmarks.servers import Launch, free_port, launch_servers
 
 pytestmark = pytest.mark.e2e
 
@@ -154,16 +154,21 @@ def test_kill_and_restart_of_either_instance(
         proxy.stalled.clear()
 
     with launch_servers(
-        tiny_model_path, [(prefill, tmp_path / "prefill.log"), (decode, tmp_path / "decode.log")]
+        tiny_model_path,
+        [Launch(prefill, tmp_path / "prefill.log"), Launch(decode, tmp_path / "decode.log")],
     ) as (first_prefill, first_decode):
         cluster = Cluster(first_prefill, first_decode, bootstrap_port)
         expected = ask(cluster, prompt).output_ids
         interrupted(cluster, first_decode)
-        with launch_servers(tiny_model_path, [(decode, tmp_path / "decode2.log")]) as (again,):
+        with launch_servers(tiny_model_path, [Launch(decode, tmp_path / "decode2.log")]) as (
+            again,
+        ):
             cluster = Cluster(first_prefill, again, bootstrap_port)
             assert ask(cluster, prompt).output_ids == expected
             interrupted(cluster, first_prefill)
-            with launch_servers(tiny_model_path, [(prefill, tmp_path / "prefill2.log")]) as (new,):
+            with launch_servers(tiny_model_path, [Launch(prefill, tmp_path / "prefill2.log")]) as (
+                new,
+            ):
                 assert ask(Cluster(new, again, bootstrap_port), prompt).output_ids == expected
     proxy.close()
 

@@ -1,0 +1,215 @@
+"""PD transfer over slow links: two network namespaces, shaped by tc. Needs root and iproute2.
+
+Usage: python -m benchmarks.bench_pd [--agents] [--model DIR] [--out benchmarks/results/cpu/pd.csv]
+
+Each link carries bf16 and hack2 pages: the time to transfer a prompt of 2,048 tokens of an 8B
+model's geometry, from the first block to the last answer, checksums and CURVE on. With `--agents` a
+prefill instance in the other namespace and a decode instance with SGLang's router in this one serve
+the agents of `benchmarks.agents` over the same links, and TTFT and JCT are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.agents import Workload, WorkloadSizes
+from benchmarks.pd import launch_pd, launch_router, transfer_metrics
+from benchmarks.records import command_line, git_commit, write_csv
+from benchmarks.servers import cpu_name
+from benchmarks.wire_ends import EndSpec, wire_pair
+from scripts.fetch_model import DEFAULT_FOLDER, fetch
+from sgl_kvq.transfer.auth import make_keys
+
+NAMESPACE = "kvq-prefill"
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+NUM_PAGES = 32
+FORMATS = ("bf16", "hack2")
+AGENTS = WorkloadSizes(
+    num_agents=3, num_rounds=2, shared_tokens=256, private_tokens=768, answer_tokens=12
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A shaped link.
+
+    Attributes:
+        name: For the table.
+        rate: As tc takes it.
+        delay_ms: One-way delay in each direction.
+    """
+
+    name: str
+    rate: str
+    delay_ms: float
+
+
+LINKS = (Link("1 Gbit/s", "1gbit", 0.0), Link("100 Mbit/s, 10 ms", "100mbit", 5.0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One link and format; field names are the columns."""
+
+    link: str
+    what: str
+    format: str
+    wire_bytes: int
+    transfer_s: float | None
+    ttft_p50_s: float | None
+    jct_mean_s: float | None
+    gain_over_bf16: float | None
+    repeats: int
+    machine: str
+    commit: str
+    command: str
+
+
+def run_ip(*arguments: str) -> None:
+    """Run one command of iproute2."""
+    subprocess.run(arguments, check=True, capture_output=True)
+
+
+@contextmanager
+def shaped(link: Link) -> Iterator[None]:
+    """A namespace for the prefill instance, and a shaped pair of interfaces to it."""
+    _remove()
+    inside = ("ip", "netns", "exec", NAMESPACE)
+    shape = ["netem", "rate", link.rate, "limit", "100000"]
+    shape += ["delay", f"{link.delay_ms}ms"] if link.delay_ms else []
+    try:
+        run_ip("ip", "netns", "add", NAMESPACE)
+        run_ip("ip", "link", "add", "kvq0", "type", "veth", "peer", "name", "kvq1")
+        run_ip("ip", "link", "set", "kvq0", "netns", NAMESPACE)
+        run_ip(*inside, "ip", "link", "set", "lo", "up")
+        for where, name, address in ((inside, "kvq0", ADDRESSES[0]), ((), "kvq1", ADDRESSES[1])):
+            run_ip(*where, "ip", "addr", "add", f"{address}/30", "dev", name)
+            run_ip(*where, "ip", "link", "set", name, "up")
+            run_ip(*where, "tc", "qdisc", "add", "dev", name, "root", *shape)
+        yield
+    finally:
+        _remove()
+
+
+def _remove() -> None:
+    for command in (("ip", "netns", "del", NAMESPACE), ("ip", "link", "del", "kvq1")):
+        with suppress(subprocess.CalledProcessError):
+            run_ip(*command)
+
+
+def measure_transfer(link: Link, keys: Path, repeats: int, command: str) -> list[Row]:
+    """Transfer times of both formats over one link."""
+    seconds: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    with shaped(link):
+        for name in FORMATS:
+            spec = EndSpec(
+                name, NUM_PAGES, 2**20, host=ADDRESSES[0], keys=keys, sender_namespace=NAMESPACE
+            )
+            with wire_pair(spec) as pair:
+                pair.transfer()
+                seconds[name] = statistics.median(pair.transfer() for _ in range(repeats))
+                sizes[name] = pair.total_bytes
+    return [
+        Row(
+            link=link.name,
+            what=f"{NUM_PAGES * 64} tokens, 8B geometry",
+            format=name,
+            wire_bytes=sizes[name],
+            transfer_s=round(seconds[name], 4),
+            ttft_p50_s=None,
+            jct_mean_s=None,
+            gain_over_bf16=round(seconds["bf16"] / seconds[name], 2),
+            repeats=repeats,
+            machine=cpu_name(),
+            commit=git_commit(),
+            command=command,
+        )
+        for name in FORMATS
+    ]
+
+
+def measure_agents(link: Link, model: Path, keys: Path, folder: Path, command: str) -> list[Row]:
+    """TTFT and JCT of the agents over one link; the client sits beside the decode instance."""
+    from transformers import AutoTokenizer
+
+    workload = Workload(AutoTokenizer.from_pretrained(model), AGENTS)
+    rows: list[Row] = []
+    with shaped(link):
+        for name in FORMATS:
+            flags = ["--kv-quant", name, "--kv-quant-memory-gb", "0.25", "--random-seed", "0"]
+            flags += ["--max-running-requests", "4", "--chunked-prefill-size", "512"]
+            flags += ["--enable-cache-report", "--enable-metrics"]
+            flags += ["--kv-quant-transfer-keys", str(keys)]
+            with launch_pd(
+                model,
+                flags,
+                folder / name,
+                prefill_flags=["--kv-quant-transfer-host", ADDRESSES[0]],
+                prefill_host=ADDRESSES[0],
+                prefill_prefix=("ip", "netns", "exec", NAMESPACE),
+            ) as cluster:
+                with launch_router(cluster, folder / name / "router.log") as router:
+                    answers = workload.run(router, lambda request: None, flush=False)
+                metrics = transfer_metrics(cluster.prefill)
+            prefix = "kvq_transfer_wire_bytes_total"
+            wire = sum(value for key, value in metrics.items() if key.startswith(prefix))
+            rows.append(
+                Row(
+                    link=link.name,
+                    what=f"{AGENTS.num_agents} agents x {AGENTS.num_rounds}, SmolLM2-135M",
+                    format=name,
+                    wire_bytes=int(wire),
+                    transfer_s=None,
+                    ttft_p50_s=round(statistics.median(r.ttft_s for r in answers), 3),
+                    jct_mean_s=round(statistics.mean(r.total_s for r in answers), 3),
+                    gain_over_bf16=None,
+                    repeats=1,
+                    machine=cpu_name(),
+                    commit=git_commit(),
+                    command=command,
+                )
+            )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all links and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--agents", action="store_true", help="serve the agents, too")
+    parser.add_argument("--model", type=Path, help=f"Hugging Face folder ({DEFAULT_FOLDER})")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/pd.csv"))
+    args = parser.parse_args(argv)
+    command = command_line("bench_pd", sys.argv[1:] if argv is None else argv)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder) / "keys"
+        make_keys(keys, ["decode"])
+        for link in LINKS:
+            fresh = measure_transfer(link, keys, args.repeats, command)
+            if args.agents:
+                model = args.model or fetch(DEFAULT_FOLDER)
+                fresh += measure_agents(link, model, keys, Path("out/bench_pd"), command)
+            rows += fresh
+            for row in fresh:
+                print(
+                    f"{row.link:18} {row.what:28} {row.format:6} {row.wire_bytes / 1e6:8.1f} MB  "
+                    f"transfer {row.transfer_s} s  gain {row.gain_over_bf16}  "
+                    f"TTFT p50 {row.ttft_p50_s} s  JCT {row.jct_mean_s} s",
+                    flush=True,
+                )
+            write_csv(args.out, [asdict(row) for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

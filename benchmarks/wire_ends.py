@@ -1,0 +1,189 @@
+"""The two ends of a transfer as processes, with pools of an 8B model's geometry and no model."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgl_kvq.config import KVQuantConfig
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.registry import get_format
+from sgl_kvq.memory_pool.capacity import PoolPlan
+from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
+from sgl_kvq.transfer.blocks import Block, HeadRange, PoolAccess, cut_pages
+from sgl_kvq.transfer.decode_link import DecodeThread, LinkState
+from sgl_kvq.transfer.handshake import make_fingerprint
+from sgl_kvq.transfer.inbound import InTransfer
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.prefill_link import PrefillThread
+from sgl_kvq.transfer.thread import Ticket
+from sgl_kvq.transfer.wire import BlockKind
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
+CLONE_NEWNET = 0x40000000
+
+
+@dataclass(frozen=True)
+class EndSpec:
+    """What a pair of ends is made of.
+
+    Attributes:
+        format: Of the pages.
+        num_pages: Pages of a transfer.
+        block_bytes: Size a block is filled up to.
+        window_bytes: Unacknowledged bytes.
+        host: Address the sending end listens on.
+        keys: Folder of CURVE keys, or None on loopback.
+        sender_namespace: Network namespace of the sending end, None for this one.
+    """
+
+    format: str
+    num_pages: int
+    block_bytes: int
+    window_bytes: int = 32 * 2**20
+    host: str = "127.0.0.1"
+    keys: Path | None = None
+    sender_namespace: str | None = None
+
+    def config(self) -> TransferConfig:
+        """Options of either end."""
+        return TransferConfig(
+            host=self.host,
+            keys=self.keys,
+            block_bytes=self.block_bytes,
+            window_bytes=self.window_bytes,
+            deadline_s=120,
+        )
+
+
+def _make_side(spec: EndSpec) -> tuple[QuantizedKVPool, PoolAccess, Any]:
+    layout = PageLayout(get_format(spec.format), HEAD_DIM, NUM_HEADS)
+    plan = PoolPlan(layout, NUM_LAYERS, 4, spec.num_pages, 1)
+    pool = QuantizedKVPool(plan, device="cpu")
+    for layer in pool.layers:
+        layer.pages.random_(0, 256)
+    config = KVQuantConfig(spec.format)
+    marks = make_fingerprint(config, layout, NUM_LAYERS, NUM_HEADS, "benchmark")
+    return pool, PoolAccess(pool, HeadRange(0, NUM_HEADS)), marks
+
+
+def _enter(namespace: str | None) -> None:
+    """Move this process into a network namespace, before it opens any socket."""
+    if namespace is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    file = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(file, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+
+
+def _send_end(pipe: Any, spec: EndSpec) -> None:
+    _enter(spec.sender_namespace)
+    pool, access, marks = _make_side(spec)
+    asked, done = threading.Event(), threading.Event()
+    thread = PrefillThread(
+        spec.config(),
+        access,
+        marks,
+        secrets.randbits(64),
+        on_asked=lambda room, request: asked.set(),
+        on_success=lambda room: done.set(),
+    )
+    thread.start()
+    page_bytes = pool.layout.page_bytes
+    pages = torch.randperm(spec.num_pages) + 1
+    blocks = list(cut_pages(0, pages, NUM_LAYERS, page_bytes, spec.block_bytes))
+    block_bytes = blocks[0].num_layers * len(blocks[0].pages) * page_bytes
+    pipe.send((f"tcp://{spec.host}:{thread.port}", block_bytes, len(blocks)))
+    while (room := pipe.recv()) is not None:
+        asked.clear()
+        done.clear()
+        thread.open_room(room, Ticket(print))
+        asked.wait()
+        began = time.perf_counter()
+        last = Block(BlockKind.METADATA, data=bytes(2048))
+        thread.add_blocks(room, [*blocks, last], True)
+        done.wait()
+        pipe.send(time.perf_counter() - began)
+    thread.stop()
+
+
+def _receive_end(pipe: Any, spec: EndSpec) -> None:
+    _, access, marks = _make_side(spec)
+    thread = DecodeThread(spec.config(), access, marks, secrets.randbits(64))
+    thread.start()
+    zero = torch.zeros(1, dtype=torch.int64)
+    pages = torch.randperm(spec.num_pages) + 1
+    pipe.send("ready")
+    while (order := pipe.recv()) is not None:
+        room, endpoint = order
+        ticket, done = Ticket(print), threading.Event()
+        thread.announce([endpoint], room, room, ticket)
+        while thread.link_state(endpoint)[0] is not LinkState.READY:
+            time.sleep(0.01)
+
+        def finish(data: bytes, done: threading.Event = done) -> None:
+            done.set()
+
+        thread.start_transfer(
+            InTransfer(room, room, ticket, 0, pages, zero, zero, finish), [endpoint], 1
+        )
+        done.wait()
+        thread.close_room([endpoint], room, room, ticket, None)
+    thread.stop()
+
+
+class WirePair:
+    """Both ends, started; `transfer` times one transfer of all pages.
+
+    Attributes:
+        block_bytes: Size of a whole block.
+        num_blocks: Blocks of a transfer.
+        total_bytes: Bytes of all pages.
+    """
+
+    def __init__(self, sender: Any, receiver: Any, spec: EndSpec) -> None:
+        self._sender, self._receiver = sender, receiver
+        self._endpoint, self.block_bytes, self.num_blocks = sender.recv()
+        receiver.recv()
+        layout = PageLayout(get_format(spec.format), HEAD_DIM, NUM_HEADS)
+        self.total_bytes = spec.num_pages * NUM_LAYERS * layout.page_bytes
+        self._room = 0
+
+    def transfer(self) -> float:
+        """Seconds from the first block to the receiver's last answer."""
+        self._room += 1
+        self._sender.send(self._room)
+        self._receiver.send((self._room, self._endpoint))
+        return float(self._sender.recv())
+
+
+@contextmanager
+def wire_pair(spec: EndSpec) -> Iterator[WirePair]:
+    """Start both ends and stop them at exit."""
+    context = multiprocessing.get_context("spawn")
+    ends = []
+    for target in (_send_end, _receive_end):
+        near, far = context.Pipe()
+        process = context.Process(target=target, args=(far, spec), daemon=True)
+        process.start()
+        ends.append((near, process))
+    try:
+        yield WirePair(ends[0][0], ends[1][0], spec)
+    finally:
+        for near, process in ends:
+            if process.is_alive():
+                near.send(None)
+            process.join(10)
+            process.kill()
