@@ -12,6 +12,7 @@ scheduling stay SGLang's defaults; `--server-args` adds to every server's flags.
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 import time
@@ -31,7 +32,7 @@ from benchmarks.serving.client import Outcome, run_workload
 from benchmarks.serving.model_folder import make_folder
 from benchmarks.serving.workloads import Workload, make_workloads
 
-DUMMY_MODEL = Path("out/llama-3.1-8b-geometry")
+DUMMY_MODEL = "out/llama-3.1-8b-geometry-{}-layers"
 BF16_TOKENS = 423_494
 """What stock SGLang's bf16 pool holds on an H100 (80 GB) with an 8B model."""
 COMMON_FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0"
@@ -50,7 +51,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._deadline = time.monotonic() + args.budget_s
-        self._model = args.model or make_folder(DUMMY_MODEL)
+        dummy = Path(DUMMY_MODEL.format(args.layers))
+        self._model = args.model or make_folder(dummy, args.layers)
         self._shape = ModelShape.read(self._model)
         known = make_workloads(args.kv_tokens or BF16_TOKENS)
         chosen = [known[name] for name in args.workloads or known]
@@ -78,7 +80,9 @@ class Bench:
         print(f"{system}: {shlex.join(flags)}", flush=True)
         log = self._args.out.parent / f"server-{system}.log"
         try:
-            with launch_server(self._model, flags, log, min(300.0, self._left_s())) as server:
+            with launch_server(
+                self._model, flags, log, min(300.0, self._left_s()), _import_client
+            ) as server:
                 capacity = server.capacity_tokens()
                 print(f"{system}: {capacity:,} tokens, ready in {server.start_s:.0f} s", flush=True)
                 for workload in workloads:
@@ -100,8 +104,8 @@ class Bench:
 
     def _server_flags(self, system: str) -> list[str]:
         flags = [*COMMON_FLAGS.split(), *system_flags(system)]
-        running = max(workload.concurrency for workload in self._workloads)
-        flags += ["--max-running-requests", str(running)]
+        concurrency = max(workload.concurrency for workload in self._workloads)
+        flags += ["--max-running-requests", str(self._args.max_running or concurrency)]
         if self._args.model is None:
             flags += ["--load-format", "dummy"]
         if self._args.kv_tokens:
@@ -150,6 +154,11 @@ class Bench:
         return self._deadline - time.monotonic()
 
 
+def _import_client(_waited_s: float) -> None:
+    """Import the client while the server starts: it takes many seconds, and forks then have it."""
+    importlib.import_module("sglang.benchmark.serving")
+
+
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     """Return what makes two rows the same measurement."""
     names = ("workload", "system", "input_tokens", "output_tokens", "num_prompts", "kv_tokens")
@@ -165,9 +174,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant")  # fmt: skip
     add("--workloads", nargs="+", choices=names, help=f"default: all of {names}")
     add("--model", type=Path, help="folder with weights (default: random ones, 8B geometry)")
+    add("--layers", type=int, default=32, help="of the random model, for trials (default: 32)")
     add("--kv-tokens", type=int,
         help="bytes of KV memory for every server, in bf16 tokens, instead of --mem-fraction; also "
         "shrinks the shared prefixes")  # fmt: skip
+    add(
+        "--max-running",
+        type=int,
+        help="requests a server runs at once (default: the largest concurrency); each takes an "
+        "open page of 64 tokens in 16 bits with --kv-quant",
+    )
     add("--mem-fraction", type=float, default=0.85, help="default: 0.85")
     add("--scale", type=float, default=1.0, help="factor on the number of requests")
     add("--length-scale", type=float, default=1.0, help="factor on lengths")

@@ -23,11 +23,15 @@ LLAMA_3_1_8B = {
 """Source: config.json of Llama-3.1-8B; RoPE scaling left out, it changes no time."""
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, num_layers: int) -> Path:
     """Write config and tokenizer for `--load-format dummy`; does nothing when they are there.
 
     Each token is a word of up to three letters, so that text made of n tokens is n tokens again
     and a streamed token is about as many bytes as one of English.
+
+    Args:
+        folder: Created; its name must be another one for another number of layers.
+        num_layers: 32, or fewer for a trial.
     """
     if (folder / "config.json").exists():
         return folder
@@ -36,13 +40,16 @@ def make_folder(folder: Path) -> Path:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     vocab_size = int(LLAMA_3_1_8B["vocab_size"])
-    words = {_word(token): token for token in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_word(0)))
+    specials = ("<s>", "</s>")  # not words: a special token is found inside of words, too
+    words = {word: token for token, word in enumerate(specials)}
+    words |= {_word(token): token for token in range(len(specials), vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=specials[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=_word(0), eos_token=_word(1)
+        tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1]
     ).save_pretrained(folder)
-    config = LlamaConfig(**LLAMA_3_1_8B, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
+    geometry = {**LLAMA_3_1_8B, "num_hidden_layers": num_layers}
+    config = LlamaConfig(**geometry, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     return folder
 

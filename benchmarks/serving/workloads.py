@@ -37,13 +37,13 @@ class Workload:
         """Return a smaller workload of the same kind.
 
         Args:
-            prompts: Factor on the number of requests (with shared prefixes: on that of prefixes).
-            lengths: Factor on all lengths in tokens.
+            prompts: Factor on the number of requests. Shared prefixes: on their tokens in all.
+            lengths: Factor on all lengths in tokens. Shorter prefixes are more of them.
         """
         num_prompts = max(1, round(self.num_prompts * prompts))
         num_prefixes = 0
         if self.num_prefixes:
-            num_prefixes = max(1, round(self.num_prefixes * prompts))
+            num_prefixes = max(1, round(self.num_prefixes * prompts / lengths))
             num_prompts = num_prefixes * (self.num_prompts // self.num_prefixes)
         return replace(
             self,
