@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 import numpy as np
@@ -109,7 +109,7 @@ class Summary:
         prompt_tokens_recomputed: Those among them that the server had computed before, and lost.
         ttft_p50_s: Median time to first token.
         ttft_p95_s: 95th percentile of it.
-        total_s: Sum of the requests' times; there is one request at a time.
+        total_s: Sum of the requests' times.
     """
 
     prompt_tokens: int
@@ -322,8 +322,27 @@ class Workload:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def summarize(requests: Sequence[Request]) -> Summary:
-    """Return the totals of a workload that `Workload.run` answered."""
+class Answered(Protocol):
+    """What `summarize` needs to know of a request; see `Request`."""
+
+    @property
+    def prompt_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def cached_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def known_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def ttft_s(self) -> float: ...  # noqa: D102
+
+    @property
+    def total_s(self) -> float: ...  # noqa: D102
+
+
+def summarize(requests: Sequence[Answered]) -> Summary:
+    """Return the totals of a workload."""
     prompt_tokens = sum(request.prompt_tokens for request in requests)
     cached_tokens = sum(request.cached_tokens for request in requests)
     lost_tokens = sum(max(0, request.known_tokens - request.cached_tokens) for request in requests)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 PAGE_SIZE = 64
 STOCK = "bf16"
 STOCK_FP8 = "fp8"
@@ -57,3 +59,22 @@ def system_flags(system: str) -> list[str]:
     if system == STOCK_FP8:
         return ["--kv-cache-dtype", "fp8_e4m3"]
     return ["--kv-quant", system]
+
+
+def server_flags(
+    system: str, shape: ModelShape, kv_tokens: int | None, mem_fraction: float = 0.85
+) -> list[str]:
+    """Return the flags of a system with its share of memory.
+
+    Args:
+        system: See `kv_flags`.
+        shape: Of the model.
+        kv_tokens: Bytes of KV memory, in bf16 tokens; None takes what `mem_fraction` leaves.
+        mem_fraction: SGLang's `--mem-fraction-static`.
+    """
+    flags = system_flags(system)
+    if system in (STOCK, STOCK_FP8) and torch.cuda.is_available():
+        flags += ["--attention-backend", "flashinfer"]
+    if kv_tokens is None:
+        return [*flags, "--mem-fraction-static", str(mem_fraction)]
+    return flags + kv_flags(system, kv_tokens * shape.bytes_per_token, shape)

@@ -54,11 +54,35 @@ def plot_append(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_multi_agent(rows: list[dict[str, str]], path: Path) -> None:
+    """Hit rate and throughput by the number of agents; dotted where a system's cache is full."""
+    figure, (hits, speed) = plt.subplots(1, 2, figsize=(11, 4))
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = sorted((r for r in rows if r["system"] == system), key=lambda r: int(r["agents"]))
+        agents = [int(row["agents"]) for row in own]
+        label = f"{system}, {int(own[-1]['capacity_tokens']):,} tokens fit"
+        (line,) = hits.plot(agents, [float(r["hit_rate"]) for r in own], "o-", label=label)
+        speed.plot(agents, [float(r["total_tok_s"]) for r in own], "o-", label=label)
+        over = [r for r in own if int(r["working_set_tokens"]) > int(r["capacity_tokens"])]
+        if over:
+            hits.axvline(int(over[0]["agents"]), color=line.get_color(), linestyle=":")
+    hits.set(title="Prefix hit rate (dotted: transcripts no longer fit)", ylim=(0, 1))
+    speed.set(title="Prompt and output tokens a second", ylim=(0, None))
+    for axes in (hits, speed):
+        axes.set_xlabel("agents at once")
+        axes.set_xticks(sorted({int(row["agents"]) for row in rows}))
+        axes.legend()
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['device']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw one PNG beside each results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    plots = {"decode": plot_decode, "append": plot_append}
+    plots = {"decode": plot_decode, "append": plot_append, "multi_agent": plot_multi_agent}
     for path in parser.parse_args().files:
         if path.stem not in plots:
             parser.error(f"{path}: expected one of {', '.join(f'{name}.csv' for name in plots)}")

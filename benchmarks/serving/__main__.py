@@ -22,10 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
-from benchmarks.kv_memory import STOCK, STOCK_FP8, ModelShape, kv_flags, system_flags
+from benchmarks.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
 from benchmarks.records import append_csv, command_line, git_commit, read_csv
 from benchmarks.servers import Server, ServerError, hardware_name, launch_server
 from benchmarks.serving.client import Outcome, run_workload
@@ -103,19 +102,14 @@ class Bench:
         print(tabulate([{key: row[key] for key in SHOWN}], headers="keys"), flush=True)
 
     def _server_flags(self, system: str) -> list[str]:
-        flags = [*COMMON_FLAGS.split(), *system_flags(system)]
+        args = self._args
+        flags = COMMON_FLAGS.split()
+        flags += server_flags(system, self._shape, args.kv_tokens, args.mem_fraction)
         concurrency = max(workload.concurrency for workload in self._workloads)
-        flags += ["--max-running-requests", str(self._args.max_running or concurrency)]
-        if self._args.model is None:
+        flags += ["--max-running-requests", str(args.max_running or concurrency)]
+        if args.model is None:
             flags += ["--load-format", "dummy"]
-        if self._args.kv_tokens:
-            kv_bytes = self._args.kv_tokens * self._shape.bytes_per_token
-            flags += kv_flags(system, kv_bytes, self._shape)
-        else:
-            flags += ["--mem-fraction-static", str(self._args.mem_fraction)]
-        if system in (STOCK, STOCK_FP8) and self._args.stock_backend:
-            flags += ["--attention-backend", self._args.stock_backend]
-        return flags + shlex.split(self._args.server_args)
+        return flags + shlex.split(args.server_args)
 
     def _row(
         self,
@@ -187,8 +181,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--mem-fraction", type=float, default=0.85, help="default: 0.85")
     add("--scale", type=float, default=1.0, help="factor on the number of requests")
     add("--length-scale", type=float, default=1.0, help="factor on lengths")
-    add("--stock-backend", default="flashinfer" if torch.cuda.is_available() else "",
-        help="attention backend of bf16 and fp8 (default: flashinfer on a GPU)")  # fmt: skip
     add("--server-args", default="", help="further flags of every server, one string")
     add("--budget-s", type=float, default=3600.0, help="start nothing after so many seconds")
     add("--out", type=Path, default=Path("benchmarks/results/h100/serving.csv"))
