@@ -274,7 +274,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kv-tokens",
         type=int,
-        default=131_072 if on_gpu else 2048,
+        default=131_072 if on_gpu else 4096,
         help="bytes of KV memory for every server, in bf16 tokens",
     )
     for name, value in vars(GPU_SIZES if on_gpu else CPU_SIZES).items():
