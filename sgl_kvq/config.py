@@ -32,6 +32,8 @@ class KVQuantConfig:
             divides head_dim; 0 takes the largest one up to 128.
         memory_gb: KV memory in GiB, open pages and sink rows included; None takes what SGLang's
             `--mem-fraction-static` leaves.
+        config_file: What `python -m sgl_kvq calibrate` wrote, for formats with a basis of their
+            own; None takes their default basis.
 
     Raises:
         ConfigError: a value is out of range or no format has this name.
@@ -42,8 +44,14 @@ class KVQuantConfig:
     sink_tokens: int = 4
     hadamard_block: int = 0
     memory_gb: float | None = None
+    config_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.config_file is not None and not get_format(self.format).own_basis:
+            raise ConfigError(
+                f"--kv-quant-config: expected kvq2 or kvq4 as --kv-quant, got {self.format}; "
+                f"drop --kv-quant-config"
+            )
         get_format(self.format)
         if self.prefill not in PREFILL_MODES:
             raise ConfigError(

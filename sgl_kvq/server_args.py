@@ -23,6 +23,7 @@ class KvqServerArgs(TransferArgs, ServerArgs):
         Optional[str],  # noqa: UP045
         Arg(
             help="Store the KV cache in closed 64-token pages of this format (sgl_kvq plugin). "
+            "kvq2/kvq4: 2.9/4.6 bits for answers near bf16's, best with --kv-quant-config. "
             "hack2/hack4/hack8: HACK, 2/4/8 bits. kivi2/kivi4: KIVI. saw4: SAW-INT4 with Hadamard "
             "rotation. int4: token-wise INT4. k4v2: 4-bit K, 2-bit V. hack2-v1: axes of HACK's "
             "arXiv v1. bf16: the same pages without quantization.",
@@ -52,6 +53,11 @@ class KvqServerArgs(TransferArgs, ServerArgs):
         "divides head_dim. 0 takes the largest one up to 128.",
         NS("memory"),
     ] = 0
+    kv_quant_config: Annotated[
+        Optional[str],  # noqa: UP045
+        "With --kv-quant kvq2 or kvq4: file of `python -m sgl_kvq calibrate`.",
+        NS("memory"),
+    ] = None
     kv_quant_memory_gb: Annotated[
         Optional[float],  # noqa: UP045
         "With --kv-quant: GiB of KV memory per GPU, open pages and sink rows included, instead of "
@@ -98,6 +104,9 @@ class KvqServerArgs(TransferArgs, ServerArgs):
         from sgl_kvq.memory_pool.sizing import check_memory
 
         check_memory(self, model_config, config)
+        from sgl_kvq.attention.bases import model_bases
+
+        model_bases(config, model_config)
 
     @classmethod
     def from_cli_args(cls, args: Any) -> KvqServerArgs:
@@ -128,6 +137,7 @@ def quant_config(args: Any) -> KVQuantConfig | None:
             sink_tokens=args.kv_quant_sink_tokens,
             hadamard_block=args.kv_quant_hadamard_block,
             memory_gb=args.kv_quant_memory_gb,
+            config_file=args.kv_quant_config,
         )
     for field in dataclasses.fields(KvqServerArgs):
         if field.name.startswith("kv_quant_") and getattr(args, field.name, None) not in (

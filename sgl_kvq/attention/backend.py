@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from sgl_kvq.attention.bases import rank_bases
 from sgl_kvq.attention.support import check_layers
 from sgl_kvq.errors import HostError, KvqError
 from sgl_kvq.host import AttentionBackend
+from sgl_kvq.kernels.basis import change_basis
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.server_args import quant_config
 
@@ -37,6 +39,7 @@ class KvqAttnBackend(AttentionBackend):
         self.pool = runner.token_to_kv_pool
         self.layout = self.pool.layout
         self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.bases = rank_bases(runner, config, self.layout)
 
     def refuse_mode(self, forward_batch: Any) -> None:
         """Refuse a forward that is neither decode nor plain extend.
@@ -59,7 +62,9 @@ class KvqAttnBackend(AttentionBackend):
         save_kv_cache: bool,
         extra: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """View q, k, v as [tokens, heads, head_dim]; refuse calls whose KV we would get wrong.
+        """View q, k, v as [tokens, heads, head_dim] in the basis of the pages.
+
+        Calls whose KV we would get wrong are refused.
 
         Raises:
             KvqError: KV of another layer or of no layer, or an argument we do not know.
@@ -72,8 +77,16 @@ class KvqAttnBackend(AttentionBackend):
                 f"model without --kv-quant"
             )
         head_dim = self.layout.head_dim
-        return (
-            q.view(-1, layer.tp_q_head_num, head_dim),
-            k.view(-1, layer.tp_k_head_num, head_dim),
-            v.view(-1, layer.tp_k_head_num, head_dim),
-        )
+        q = q.view(-1, layer.tp_q_head_num, head_dim)
+        k = k.view(-1, layer.tp_k_head_num, head_dim)
+        v = v.view(-1, layer.tp_k_head_num, head_dim)
+        if not self.bases:
+            return q, k, v
+        basis = self.bases[layer.layer_id - self.pool.start_layer]
+        return change_basis(q, basis.q), change_basis(k, basis.k), change_basis(v, basis.v)
+
+    def merge_heads(self, out: torch.Tensor, layer: Any) -> torch.Tensor:
+        """Bring outputs [tokens, heads, head_dim] back to the model's basis, heads side by side."""
+        if self.bases:
+            out = change_basis(out, self.bases[layer.layer_id - self.pool.start_layer].out)
+        return out.flatten(1)

@@ -13,6 +13,9 @@ Arithmetic = Literal["integer", "dequantize"]
 
 MAX_PARTITION = 64
 
+FINE_BITS = 2
+"""Further bits of a boosted channel."""
+
 
 def partition_size(head_dim: int) -> int:
     """Channels that share one scale or one code sum: at most 64, dividing head_dim.
@@ -58,6 +61,10 @@ class Coding:
         whole_head: On the token axis, one group spans the whole head instead of <= 64 channels.
         rotated: Channels are multiplied by a block-diagonal Hadamard matrix before coding.
         rounding: "even" rounds to nearest, ties to even; "half_up" is floor(x + 0.5).
+        fitted: (scale, min) is the one of several ranges with the least squared error, instead of
+            the range from minimum to maximum.
+        boosted_16ths: K on the channel axis only: this many sixteenths of the channels, the
+            leading ones, get `FINE_BITS` further bits.
     """
 
     num_bits: int
@@ -65,10 +72,17 @@ class Coding:
     whole_head: bool = False
     rotated: bool = False
     rounding: Rounding = "even"
+    fitted: bool = False
+    boosted_16ths: int = 0
 
     def __post_init__(self) -> None:
         if self.num_bits not in (2, 4, 8, 16):
             raise ValueError(f"num_bits: expected 2, 4, 8 or 16, got {self.num_bits}")
+        if self.boosted_16ths and (self.axis != "channel" or self.num_bits not in (2, 4)):
+            raise ValueError(
+                f"boosted_16ths: expected 0 unless channels have scales and 2 or 4 bits, got "
+                f"{self.boosted_16ths} with axis {self.axis} and {self.num_bits} bits"
+            )
 
     @property
     def is_raw(self) -> bool:
@@ -84,6 +98,11 @@ class Coding:
     def num_planes(self) -> int:
         """Codes per byte. Field i of byte j holds channel `i * head_dim / num_planes + j`."""
         return 8 // self.num_bits
+
+    def num_boosted(self, head_dim: int) -> int:
+        """Leading channels with `FINE_BITS` further bits; they fill whole bytes."""
+        per_byte = 8 // FINE_BITS
+        return head_dim * self.boosted_16ths // 16 // per_byte * per_byte
 
     def num_groups(self, head_dim: int) -> int:
         """Groups of channels of one token (token axis), or channels (channel axis)."""
@@ -103,6 +122,7 @@ class QuantFormat:
         arithmetic: "integer" multiplies 8-bit queries and probabilities with the codes and uses
             cached code sums (homomorphic); "dequantize" multiplies 16- or 32-bit ones.
         source: Paper and section the mathematics comes from, and what we changed.
+        own_basis: Heads are stored in a basis of their own, see `sgl_kvq.kernels.basis`.
     """
 
     name: str
@@ -110,8 +130,14 @@ class QuantFormat:
     v: Coding
     arithmetic: Arithmetic
     source: str
+    own_basis: bool = False
 
     @property
     def has_sums(self) -> bool:
         """Whether a page caches the sums of its codes."""
         return self.arithmetic == "integer"
+
+    @property
+    def has_gpu_kernels(self) -> bool:
+        """Whether the GPU kernels read and write these pages."""
+        return not (self.k.boosted_16ths or self.k.fitted or self.v.fitted)

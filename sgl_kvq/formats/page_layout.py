@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import Coding, QuantFormat, hadamard_order, partition_size
+from sgl_kvq.formats.base import FINE_BITS, Coding, QuantFormat, hadamard_order, partition_size
 
 ALIGNMENT_BYTES = 16
 
@@ -50,7 +50,8 @@ class PageLayout:
     `k_codes` uint8 [P, D*B/8], `k_scales` and `k_mins` bfloat16 [D] (channel axis) or [groups, P]
     (token axis), `k_sums` [partitions, P], then `v_codes` uint8 [D*B/8, P] (token-contiguous),
     `v_scales`, `v_mins`, and `v_sums` [D]. Sums exist in homomorphic formats only. With 16 bits
-    the codes are the rows themselves, [P, D].
+    the codes are the rows themselves, [P, D]. Boosted formats end K with `k_fine` uint8
+    [P, boosted/4].
 
     Args:
         format: What K and V store.
@@ -112,6 +113,8 @@ class PageLayout:
         fields = [(f"{prefix}_codes", codes, torch.uint8), *self._meta_fields(prefix, coding)]
         if self.format.has_sums:
             fields.append((f"{prefix}_sums", sums, _sum_dtype(terms, coding.max_code)))
+        if boosted := coding.num_boosted(self.head_dim):
+            fields.append((f"{prefix}_fine", (PAGE_SIZE, boosted * FINE_BITS // 8), torch.uint8))
         return fields
 
     def _meta_fields(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats import bf16, hack, kivi, saw
+from sgl_kvq.formats import bf16, hack, kivi, kvq, saw
 from sgl_kvq.formats.base import QuantFormat
 
 _FORMATS: dict[str, QuantFormat] = {}
-for _format in (*hack.FORMATS, *kivi.FORMATS, *saw.FORMATS, *bf16.FORMATS):
+for _format in (*kvq.FORMATS, *hack.FORMATS, *kivi.FORMATS, *saw.FORMATS, *bf16.FORMATS):
     if _format.name in _FORMATS:
         raise ValueError(f"format {_format.name!r} is registered twice")
     _FORMATS[_format.name] = _format

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.formats.base import Coding
+from sgl_kvq.formats.base import FINE_BITS, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.hadamard import rotate
 
@@ -52,7 +52,11 @@ def decode_keys(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     codes = layout.view(rows, "k_codes")
     if coding.is_raw:
         return codes.float()
-    values = _affine(unpack_planes(codes, coding.num_planes, -1).float(), rows, "k", coding, layout)
+    steps = unpack_planes(codes, coding.num_planes, -1).float()
+    if boosted := coding.num_boosted(layout.head_dim):
+        fine = unpack_planes(layout.view(rows, "k_fine"), 8 // FINE_BITS, -1)
+        steps[..., :boosted] += fine * 0.5**FINE_BITS
+    values = _affine(steps, rows, "k", coding, layout)
     return rotate(values, layout.rotation_order) if coding.rotated else values
 
 

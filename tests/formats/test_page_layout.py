@@ -49,6 +49,10 @@ def test_heads_are_the_outer_axis_so_a_rank_is_one_byte_range() -> None:
         ("hack4", 64, 76),
         ("bf16", 64, 256),
         ("k4v2", 64, 59),
+        ("kvq2", 64, 46),
+        ("kvq4", 64, 73),
+        ("kvq2", 128, 88),
+        ("kvq4", 128, 142),
     ],
 )
 def test_bytes_per_token_and_head(name: str, head_dim: int, bytes_per_token: int) -> None:
@@ -81,7 +85,7 @@ def test_bad_geometry_is_refused() -> None:
         PageLayout(get_format("hack2"), 72, 1)
     with pytest.raises(ValueError, match="divisor of head_dim 80, got 64"):
         PageLayout(get_format("saw4"), 80, 1, hadamard_block=64)
-    with pytest.raises(ConfigError, match=r"expected one of hack2, .*got 'hack3'"):
+    with pytest.raises(ConfigError, match=r"expected one of kvq2, .*got 'hack3'"):
         get_format("hack3")
 
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import Coding
+from sgl_kvq.formats.base import FINE_BITS, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.hadamard import rotate
 
+SHRUNK = (0.9, 0.8, 0.7, 0.6)
+"""Ranges that fitted codings try, as shares of maximum - minimum."""
+
 
 def quantize_groups(
-    x: torch.Tensor, coding: Coding, dim: int, excluded: torch.Tensor | None = None
+    x: torch.Tensor,
+    coding: Coding,
+    dim: int,
+    excluded: torch.Tensor | None = None,
+    max_code: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Code x in groups along one dimension against the stored bfloat16 metadata.
 
-    m = bf16(min x), s = bf16((max x - m) / (2^b - 1)), 1 where that is not positive;
-    code = clip(round((x - m) / s), 0, 2^b - 1); value = code * s + m.
+    m = bf16(low), s = bf16((high - m) / max_code), 1 where that is not positive;
+    code = clip(round((x - m) / s), 0, max_code); value = code * s + m. low and high are minimum and
+    maximum; fitted codings also try ranges `SHRUNK` times as wide about the same middle and take
+    the first with the least sum of squared errors.
 
     Args:
         x: float32, any shape, finite.
-        coding: Bits and rounding.
+        coding: Bits, rounding and choice of the range.
         dim: The dimension a group runs along.
-        excluded: bool, broadcastable to x: elements left out of min and max and coded 0.
+        excluded: bool, broadcastable to x: elements left out of the range and the errors, coded 0.
+        max_code: Largest code; None takes the coding's.
 
     Returns:
         codes uint8 like x; scales and mins bfloat16, size 1 along dim.
@@ -30,20 +40,55 @@ def quantize_groups(
     Source: HACK (ATC '26), quantization against stored metadata; KIVI and SAW-INT4 code against
     unrounded metadata.
     """
-    low, high = x, x
+    lowest, highest = x, x
     if excluded is not None:
-        low = x.masked_fill(excluded, torch.inf)
-        high = x.masked_fill(excluded, -torch.inf)
-    mins = low.amin(dim, keepdim=True).to(torch.bfloat16)
-    spread = high.amax(dim, keepdim=True) - mins.float()
-    scales = (spread / coding.max_code).to(torch.bfloat16)
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    steps = (x - mins.float()) / scales.float()
-    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
-    codes = steps.clamp(0, coding.max_code).to(torch.uint8)
+        lowest = x.masked_fill(excluded, torch.inf)
+        highest = x.masked_fill(excluded, -torch.inf)
+    low, high = lowest.amin(dim, keepdim=True), highest.amax(dim, keepdim=True)
+    top = coding.max_code if max_code is None else max_code
+    codes, scales, mins = _quantize_range(x, low, high, coding, top)
+    if coding.fitted:
+        least = _squared_error(x, codes, scales, mins, dim, excluded)
+        for width in SHRUNK:
+            cut = (high - low) * ((1 - width) / 2)
+            tried = _quantize_range(x, low + cut, high - cut, coding, top)
+            error = _squared_error(x, *tried, dim, excluded)
+            better = error < least
+            least = torch.where(better, error, least)
+            codes, scales, mins = (
+                torch.where(better, new, old)
+                for new, old in zip(tried, (codes, scales, mins), strict=True)
+            )
     if excluded is not None:
         codes = codes.masked_fill(excluded, 0)
     return codes, scales, mins
+
+
+def _quantize_range(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, coding: Coding, max_code: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code x against one range a group."""
+    mins = low.to(torch.bfloat16)
+    scales = ((high - mins.float()) / max_code).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    steps = (x - mins.float()) / scales.float()
+    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
+    return steps.clamp(0, max_code).to(torch.uint8), scales, mins
+
+
+def _squared_error(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    dim: int,
+    excluded: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum of squared errors of each group, size 1 along dim."""
+    error = (codes * scales.float() + mins.float() - x).square()
+    if excluded is not None:
+        error = error.masked_fill(excluded, 0)
+    return error.sum(dim, keepdim=True)
 
 
 def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
@@ -140,6 +185,12 @@ def _encode_tensor(
         x = rotate(x, layout.rotation_order)
     if coding.axis == "channel":
         codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink)
+        if boosted := coding.num_boosted(layout.head_dim):
+            fine, fine_scales, fine_mins = _boost(x[..., :boosted], coding, is_sink)
+            codes[..., :boosted] = fine >> FINE_BITS
+            scales[..., :boosted], mins[..., :boosted] = fine_scales, fine_mins
+            low_bits = fine & ((1 << FINE_BITS) - 1)
+            layout.view(pages, f"{name}_fine").copy_(pack_planes(low_bits, 8 // FINE_BITS, -1))
         scales, mins = scales.squeeze(2), mins.squeeze(2)  # [N, H, D]
     else:
         groups = coding.num_groups(layout.head_dim)
@@ -159,3 +210,17 @@ def _encode_tensor(
         layout.view(pages, "v_codes").copy_(pack_planes(by_channel, coding.num_planes, -2))
         if layout.format.has_sums:
             layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
+
+
+def _boost(
+    x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code boosted channels x [N, H, P, boosted] with `FINE_BITS` further bits.
+
+    Returns:
+        codes like x; scales, of the leading bits (exactly 2^FINE_BITS steps), and mins
+        [N, H, 1, boosted].
+    """
+    max_code = (coding.max_code + 1 << FINE_BITS) - 1
+    codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink, max_code=max_code)
+    return codes, scales * (1 << FINE_BITS), mins

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import Arithmetic, Coding
+from sgl_kvq.formats.base import FINE_BITS, Arithmetic, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.hadamard import rotate
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
@@ -230,7 +230,13 @@ def page_scores(
         left = q * scales.unsqueeze(2)
         offset = (q * mins.unsqueeze(2)).sum(-1, keepdim=True)
         if not integer:
-            return _k_products(left, codes, coding, 1).squeeze(2) + offset
+            products = _k_products(left, codes, coding, 1).squeeze(2)
+            if boosted := coding.num_boosted(layout.head_dim):
+                fine = left[..., :boosted] * 0.5**FINE_BITS
+                products += _k_products(
+                    fine, layout.view(rows, "k_fine"), Coding(FINE_BITS), 1
+                ).squeeze(2)
+            return products + offset
         left, mu = quantize_left(left.unflatten(-1, (-1, layout.partition)))
         sums = layout.view(rows, "k_sums").to(q.dtype)  # [N, H, partitions, P]
         products = _k_products(left.flatten(-2), codes, coding, 1).squeeze(2)

@@ -218,7 +218,11 @@ def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) 
 
 @pytest.mark.parametrize(
     ("name", "head_dim"),
-    [*((name, 64) for name in format_names()), ("hack2", 128), ("k4v2", 256)]
+    [
+        *((name, 64) for name in format_names() if get_format(name).has_gpu_kernels),
+        ("hack2", 128),
+        ("k4v2", 256),
+    ]
     + [(name, head_dim) for name in ("hack4", "saw4") for head_dim in (80, 96)],
 )
 def test_formats_and_head_dims(name: str, head_dim: int, device: str) -> None:

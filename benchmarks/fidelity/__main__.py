@@ -1,0 +1,159 @@
+"""Fidelity of KV formats on real text: python -m benchmarks.fidelity --formats hack2 kvq2 ..."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.fidelity.corpora import CORPORA, segments
+from benchmarks.fidelity.history import FormatHistory
+from benchmarks.fidelity.metrics import estimate, join, relative_perplexity, score
+from benchmarks.fidelity.needle import CITIES, NeedleText, count_hits, needle_texts
+from benchmarks.fidelity.outliers import inject
+from benchmarks.fidelity.report import plot_pareto, table
+from benchmarks.fidelity.teacher import Teacher
+from benchmarks.plot import read
+from benchmarks.records import command_line, git_commit, write_csv
+from sgl_kvq.commands import calibrate
+from sgl_kvq.formats.registry import format_names
+
+CALIBRATED = "+calibrated"
+NEEDLES = "needles"
+_INTERVALS = [name + part for name in ("ppl_rel", "kl", "top1") for part in ("", "_low", "_high")]
+SCORE_COLUMNS = ("tokens", "ppl", *_INTERVALS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fidelity", description=__doc__.split(":")[0]
+    )
+    names = [*format_names(), f"kvq2{CALIBRATED}", f"kvq4{CALIBRATED}"]
+    parser.add_argument("--model", type=Path, default=Path(".model/smollm2-135m"))
+    parser.add_argument("--formats", nargs="+", choices=names, metavar="FORMAT", default=names)
+    parser.add_argument("--contexts", default="2048", help="tokens, separated by commas")
+    corpora = [*CORPORA, NEEDLES]
+    parser.add_argument("--corpora", nargs="+", choices=corpora, default=corpora)
+    parser.add_argument("--segments", type=int, default=2, help="texts of each corpus and length")
+    parser.add_argument("--sink-tokens", type=int, default=4)
+    parser.add_argument(
+        "--inject-outliers",
+        action="store_const",
+        const=1,
+        default=0,
+        help="into K, see outliers.py",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/fidelity"),
+        help="rows of an earlier run in this folder stay unless measured again",
+    )
+    return parser.parse_args(argv)
+
+
+def calibrated_file(model: Path, out: Path) -> str:
+    """Calibrate a model with the command's defaults, once."""
+    path = out / f"{model.name}.safetensors"
+    if not path.exists():
+        calibrate.run(Namespace(model=str(model), text=None, context=2048, segments=8, out=path))
+    return str(path)
+
+
+def make_history(name: str, args: Namespace, model: Path, teacher: Teacher) -> FormatHistory:
+    """Make what a format stores; a name that ends with `CALIBRATED` uses the model's own basis."""
+    base = name.removesuffix(CALIBRATED)
+    config_file = calibrated_file(model, args.out) if base != name else None
+    return FormatHistory(base, teacher.model.config, args.sink_tokens, config_file)
+
+
+def measure(args: Namespace, model: Path) -> Iterator[dict[str, Any]]:
+    """Score all formats on all texts; yields one row of results after the other."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    teacher = Teacher(model, DTYPES[args.dtype])
+    exact = FormatHistory("bf16", teacher.model.config)
+    histories = {name: make_history(name, args, model, teacher) for name in args.formats}
+    for context in map(int, args.contexts.split(",")):
+        for corpus in args.corpora:
+            texts: list[tuple[torch.Tensor, torch.Tensor]] = []
+            needles: list[NeedleText] = []
+            if corpus == NEEDLES:
+                needles = needle_texts(tokenizer, context, args.segments)
+            else:
+                ids = segments(corpus, tokenizer, context, args.segments)
+                texts = [(text, teacher.hidden(text, exact)) for text in ids]
+            for name, history in histories.items():
+                row: dict[str, Any] = {"model": args.model.name, "format": name}
+                row["bits_per_element"] = round(history.bits_per_element, 4)
+                row |= {"context": context, "corpus": corpus, "outliers": args.inject_outliers}
+                row |= dict.fromkeys(SCORE_COLUMNS, "")
+                if texts:
+                    row |= summary(teacher, texts, history)
+                row["needle_hits"] = count_hits(teacher, needles, history) if needles else ""
+                row["needle_total"] = len(needles) * len(CITIES) or ""
+                yield row
+
+
+def summary(
+    teacher: Teacher, texts: list[tuple[torch.Tensor, torch.Tensor]], history: FormatHistory
+) -> dict[str, Any]:
+    """Columns of one format on texts (ids, last hidden states with 16-bit KV)."""
+    scores = join([score(teacher, ids, reference, history) for ids, reference in texts])
+    columns: dict[str, Any] = {
+        "tokens": len(scores.nll),
+        "ppl": round(math.exp(float(scores.nll.mean())), 4),
+    }
+    estimates = {
+        "ppl_rel": relative_perplexity(scores),
+        "kl": estimate(scores.kl),
+        "top1": estimate(scores.agrees),
+    }
+    for name, found in estimates.items():
+        for part, value in asdict(found).items():
+            columns[name if part == "value" else f"{name}_{part}"] = round(value, 5)
+    return columns
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table, write `fidelity.csv` and `pareto.png`."""
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = args.model
+    if args.inject_outliers:
+        model = args.out / f"{args.model.name}-outliers"
+        if not model.exists():
+            inject(args.model, model)
+    made_by = {
+        "dtype": args.dtype,
+        "commit": git_commit(),
+        "command": command_line("fidelity", sys.argv[1:] if argv is None else argv),
+    }
+    path = args.out / "fidelity.csv"
+    rows = {_key(row): row for row in (read(path) if path.exists() else [])}
+    for row in measure(args, model):
+        found = {name: str(value) for name, value in (row | made_by).items()}
+        rows[_key(found)] = found
+        print(table([found]).splitlines()[-1], flush=True)
+        write_csv(path, list(rows.values()))
+    print(table(list(rows.values())))
+    plot_pareto(list(rows.values()), args.out / "pareto.png")
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    """What a new measurement of the same replaces."""
+    return tuple(row[name] for name in ("model", "format", "context", "corpus", "outliers"))
+
+
+if __name__ == "__main__":
+    main()

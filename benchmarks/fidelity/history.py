@@ -1,0 +1,88 @@
+"""What a server stores of K and V and reads back, with the reference kernels of its formats."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.registry import get_format
+from sgl_kvq.kernels.append.reference import contain_non_finite, encode_pages
+from sgl_kvq.kernels.basis import LayerBasis, change_basis, default_basis, load_bases
+from sgl_kvq.kernels.pages import decode_keys, decode_values
+
+
+class FormatHistory:
+    """A format, for a `benchmarks.fidelity.teacher.Teacher`.
+
+    Args:
+        name: The format.
+        model_config: Of transformers.
+        sink_tokens: Leading tokens kept in 16 bits.
+        config_file: See `--kv-quant-config`.
+    """
+
+    def __init__(
+        self, name: str, model_config: object, sink_tokens: int = 4, config_file: str | None = None
+    ) -> None:
+        head_dim = int(model_config.head_dim)  # type: ignore[attr-defined]
+        num_kv_heads = int(model_config.num_key_value_heads)  # type: ignore[attr-defined]
+        num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
+        self.layout = PageLayout(get_format(name), head_dim, num_kv_heads)
+        self.sink_tokens = sink_tokens
+        bases: list[LayerBasis] = []
+        if self.layout.format.own_basis:
+            bases = [default_basis(head_dim, num_kv_heads)] * num_layers
+            if config_file is not None:
+                bases = load_bases(config_file, num_layers, num_kv_heads, head_dim)
+        self.matrices = [(basis.q, basis.k, basis.v, basis.out) for basis in bases]
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits a stored number takes, all metadata of its page included."""
+        return 16 * self.layout.page_bytes / self.layout.row_page_bytes
+
+    def enter(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bring q, k and v, each [heads, tokens, head_dim], to the basis of the pages."""
+        if self.matrices:
+            q, k, v = (
+                change_basis(x.transpose(0, 1), matrices).transpose(0, 1)
+                for x, matrices in zip((q, k, v), self.matrices[layer], strict=False)
+            )
+        return q, k.to(torch.bfloat16), v.to(torch.bfloat16)
+
+    def leave(self, layer: int, out: torch.Tensor) -> torch.Tensor:
+        """Bring outputs [heads, tokens, head_dim] back."""
+        if self.matrices:
+            out = change_basis(out.transpose(0, 1), self.matrices[layer][3]).transpose(0, 1)
+        return out
+
+    def read(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store K and V in closed pages and read them back.
+
+        Args:
+            layer: Layer of the model.
+            k: bfloat16 [num_kv_heads, tokens, head_dim] in the basis of the pages, full pages.
+            v: Like k.
+
+        Returns:
+            K and V, float32, shaped like k.
+        """
+        if self.layout.format.k.is_raw and self.layout.format.v.is_raw:
+            return k.float(), v.float()
+        by_page = [x.unflatten(1, (-1, PAGE_SIZE)).permute(1, 2, 0, 3) for x in (k, v)]
+        rows = [contain_non_finite(x)[0] for x in by_page]  # [pages, P, H, D]
+        num_sinks = torch.zeros(len(rows[0]), dtype=torch.int32)
+        num_sinks[0] = self.sink_tokens
+        pages = encode_pages(rows[0], rows[1], num_sinks, self.layout)
+        read = [
+            decode(pages, self.layout).transpose(0, 1).flatten(1, 2)
+            for decode in (decode_keys, decode_values)
+        ]
+        for stored, exact in zip(read, (k, v), strict=True):
+            stored[:, : self.sink_tokens] = exact[:, : self.sink_tokens]
+        return read[0], read[1]
