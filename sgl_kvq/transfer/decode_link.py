@@ -80,6 +80,8 @@ class Link:
     instance: int | None = None
     heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
     said_hello: float = 0.0
+    broken: bool = False
+    opened: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, Ticket, float]] = field(default_factory=dict)
     parts: dict[int, InPart] = field(default_factory=dict)
@@ -264,14 +266,11 @@ class DecodeThread(TransferThread):
         self._flush(link)
 
     def _on_disconnect(self, link: Link) -> None:
-        """ZeroMQ connects again by itself; what waits then is the handshake."""
+        """The next tick connects anew: ZeroMQ itself gives up after a damaged stream."""
         if link.state is LinkState.READY:
             link.state = LinkState.CONNECTING
         self._on_link_down(link.endpoint)
-        if not link.in_use:
-            self._close_link(link)
-            return
-        self._say_hello(link)
+        link.broken = True
 
     def _on_frames(self, link: Link, frames: list[zmq.Frame]) -> None:
         kind = frames[0].bytes if frames else b""
@@ -397,13 +396,13 @@ class DecodeThread(TransferThread):
         deadline_s = self.config.deadline_s
         for link in list(self.links.values()):
             self._expire(link, now)
-            if link.state is LinkState.CONNECTING and now - link.said_hello > 2.0:
-                self._say_hello(link)
             if not link.in_use:
                 if link.state is not LinkState.READY or now - link.last_heard > deadline_s:
                     self._close_link(link)
-            elif now - max(link.last_heard, link.said_hello) > deadline_s / 3:
+            elif link.broken or now - max(link.last_heard, link.opened) > deadline_s / 3:
                 self._reconnect(link)
+            elif link.state is LinkState.CONNECTING and now - link.said_hello > 2.0:
+                self._say_hello(link)
         if now >= self._next_alive:
             self._next_alive = now + ALIVE_S
             for link in self.links.values():
@@ -429,8 +428,8 @@ class DecodeThread(TransferThread):
                 del link.waiting[room]
 
     def _reconnect(self, link: Link) -> None:
-        """A connection that says nothing may be out of step: replace it, keep the rooms."""
-        logger.debug("kvq-zmq: %s says nothing, connecting anew", link.endpoint)
+        """Replace a connection that broke, or that says nothing and may be out of step."""
+        logger.debug("kvq-zmq: connecting to %s anew", link.endpoint)
         self._close_link(link)
         fresh = self._connect(link.endpoint, link.identity)
         fresh.waiting, fresh.parts, fresh.finished = link.waiting, link.parts, link.finished

@@ -104,11 +104,13 @@ def test_pd_equals_one_server(
         (expected,) = scheduler.generate([prompt], NEW_TOKENS)
         assert answer.output_ids == expected.output_ids, len(prompt)
         assert answer.output_logprobs == expected.output_logprobs, len(prompt)
-    assert known.output_ids == answers[4].output_ids
-    # The batches of a crowd differ from run to run, and with them the last bits of bfloat16.
-    expected_crowd = scheduler.generate(crowd, NEW_TOKENS)
-    difference = logprob_differences(crowd_answers, expected_crowd, LOGPROB_BUDGET)
-    if variant == "bf16":  # 2-bit codes amplify the last bit, see README
+    assert known.output_ids == answers[-1].output_ids
+    # The batches of a crowd differ from run to run, and with them the last bits of bfloat16, which
+    # codes amplify.
+    assert all(len(answer.output_ids) == NEW_TOKENS for answer in crowd_answers)
+    if variant == "bf16":
+        expected_crowd = scheduler.generate(crowd, NEW_TOKENS)
+        difference = logprob_differences(crowd_answers, expected_crowd, LOGPROB_BUDGET)
         assert difference.max() < LOGPROB_BUDGET
 
     page_tokens = "kvq_transfer_closed_page_tokens_total"
