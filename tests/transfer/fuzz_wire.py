@@ -1,0 +1,108 @@
+"""Coverage-guided fuzzing of everything that reads bytes from a peer; needs `pip install atheris`.
+
+Usage: python tests/transfer/fuzz_wire.py tests/transfer/corpus -max_total_time=600
+
+An input is one byte that chooses a target, then the target's bytes. Only `WireError` may come out;
+a block may change the transfer's own pages and slots and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+with atheris.instrument_imports(include=["sgl_kvq.transfer"]):
+    from sgl_kvq.transfer import codecs, inbound, messages, wire
+
+import torch  # noqa: E402
+from pair import make_pool  # noqa: E402
+
+from sgl_kvq.errors import WireError  # noqa: E402
+from sgl_kvq.transfer.blocks import HeadRange, PoolAccess  # noqa: E402
+from sgl_kvq.transfer.thread import Ticket  # noqa: E402
+
+FINGERPRINT, NONCE, ROOM = 11, 12, 13
+NAMES = [field.name for field in dataclasses.fields(wire.BlockHeader)]
+POOL = make_pool(num_pages=12)
+ACCESS = PoolAccess(POOL, HeadRange(0, 4))
+PAGES = torch.tensor([3, 5, 7])
+POOL.open_slots.acquire(PAGES[-1:])
+POOL.sink_slots.acquire(PAGES[:1])
+
+
+def part() -> inbound.InPart:
+    """A fresh transfer of three pages, the last one open."""
+    transfer = inbound.InTransfer(
+        ROOM,
+        NONCE,
+        Ticket(lambda reason: None),
+        0,
+        PAGES,
+        POOL.open_slots.slot_of[PAGES[-1:]],
+        POOL.sink_slots.slot_of[PAGES[:1]],
+        lambda data: None,
+    )
+    fresh = inbound.InPart(transfer, ACCESS, FINGERPRINT, 1)
+    fresh.heads = HeadRange(0, 4)
+    return fresh
+
+
+def outside() -> list[torch.Tensor]:
+    """Everything in the pool that the transfer must not touch."""
+    pages = torch.ones(POOL.plan.num_pages + 1, dtype=torch.bool)
+    pages[PAGES[:-1]] = False
+    parts = []
+    for layer in POOL.layers:
+        parts.append(layer.pages[pages])
+        for rows, table in ((layer.open_rows, POOL.open_slots), (layer.sink_rows, POOL.sink_slots)):
+            free = table._owner <= 0
+            parts.append(rows[free].view(torch.uint8))
+    return parts
+
+
+UNTOUCHED = [tensor.clone() for tensor in outside()]
+
+
+def fuzz_blocks(data: bytes) -> None:
+    """Blocks whose header is well-formed and checksummed, with fields from the input."""
+    source = atheris.FuzzedDataProvider(data)
+    target = part()
+    for _ in range(4):
+        fields = {name: source.ConsumeIntInRange(0, 15) for name in NAMES}
+        payload = source.ConsumeBytes(source.ConsumeIntInRange(0, 70_000))
+        fields |= {"kind": wire.BlockKind(fields["kind"] % 4), "fingerprint": FINGERPRINT}
+        fields |= {"wire_bytes": len(payload), "checksum": wire.payload_checksum([payload])}
+        fields |= {"raw_bytes": len(payload)} if fields["codec"] == 0 else {}
+        header = wire.parse_header(wire.pack_header(wire.BlockHeader(**fields)))
+        try:
+            target.accept(header, payload)
+        except WireError:
+            continue
+    for now, before in zip(outside(), UNTOUCHED, strict=True):
+        assert torch.equal(now, before), "a block was written outside its transfer"
+
+
+def one_input(data: bytes) -> None:
+    """Feed one input to the target its first byte chooses."""
+    choice, rest = (data[0] % 4, data[1:]) if data else (0, b"")
+    try:
+        if choice == 0:
+            wire.pack_header(wire.parse_header(rest))
+        elif choice == 1:
+            messages.pack_message(messages.parse_message(rest))
+        elif choice == 2:
+            codecs.decode_payload(rest[0] % 4 if rest else 0, rest[1:], len(rest))
+        else:
+            fuzz_blocks(rest)
+    except WireError:
+        pass
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()
