@@ -44,6 +44,7 @@ def make_fingerprint(
         "row type": str(layout.row_dtype),
         "layers": num_layers,
         "weights": weights,
+        "--kv-quant-config": _file_digest(config.config_file),
     }
 
 
@@ -69,6 +70,10 @@ def check_fingerprint(prefill: Fingerprint, decode: Fingerprint) -> None:
             f"prefill and decode instances differ in {'; '.join(differences)}; start both with the "
             f"same model and --kv-quant options"
         )
+
+
+def _file_digest(path: str | None) -> str:
+    return "unset" if path is None else xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
 
 
 def weights_digest(model_path: str) -> str:
