@@ -136,7 +136,7 @@ class GpuAttnBackend(KvqAttnBackend):
         cache = self.pool.layer(layer.layer_id)
         append(cache, self.layout, keys, values, touched, self.pool.num_contained)
         out, _ = decode(queries, cache, table, self.layout, layer.scaling, self.workspace)
-        return out.flatten(1).to(q.dtype)
+        return self.merge_heads(out, layer).to(q.dtype)
 
     def forward_extend(
         self,
@@ -174,7 +174,7 @@ class GpuAttnBackend(KvqAttnBackend):
             self.prefill,
             self.extend_workspace,
         )
-        return out.flatten(1).to(q.dtype)
+        return self.merge_heads(out, layer).to(q.dtype)
 
     def support_triton(self) -> bool:
         """SGLang may use its own Triton helper kernels."""
