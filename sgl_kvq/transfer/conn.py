@@ -280,7 +280,7 @@ class KvqSender(_Poller, CommonKVSender):
         num_rows = self.num_tokens % PAGE_SIZE
         closed = pages[:-1] if num_rows and len(pages) else pages
         # SGLang sets this event when the pages are cached ones of a batch that still runs.
-        ready = getattr(self, "_early_send_wait_event", None) or access.event()
+        ready = self.__dict__.pop("_early_send_wait_event", None) or access.event()
         blocks: list[Block] = []
         if first_page == 0 and len(closed) and pool.plan.sink_tokens:
             slot = pool.sink_slots.slot_of[pages[:1]]

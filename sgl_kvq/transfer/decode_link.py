@@ -319,7 +319,14 @@ class DecodeThread(TransferThread):
         transfer = part.transfer
         part.said_done = True
         self._send(link, Done(transfer.room, transfer.nonce))
-        if transfer.complete and transfer.ticket.finish(lambda: self._commit(transfer)):
+        if not transfer.complete:
+            return
+        try:
+            finished = transfer.ticket.finish(lambda: self._commit(transfer))
+        except TransferError as error:
+            self._fail(transfer, str(error))
+            return
+        if finished:
             self.metrics.finished("success")
             seconds = time.monotonic() - transfer.started
             self.metrics.observe("transferring", seconds)

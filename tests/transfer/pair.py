@@ -32,11 +32,15 @@ METADATA = bytes(range(200))
 
 
 def make_pool(
-    format_name: str = "hack2", heads: int = NUM_HEADS, num_pages: int = 64, seed: int | None = None
+    format_name: str = "hack2",
+    heads: int = NUM_HEADS,
+    num_pages: int = 64,
+    seed: int | None = None,
+    device: str = "cpu",
 ) -> QuantizedKVPool:
     """A pool of random bytes; without a seed every byte is 0xEE, so that any write shows."""
     layout = PageLayout(get_format(format_name), 64, heads)
-    pool = QuantizedKVPool(PoolPlan(layout, NUM_LAYERS, SINK_TOKENS, num_pages, 8), device="cpu")
+    pool = QuantizedKVPool(PoolPlan(layout, NUM_LAYERS, SINK_TOKENS, num_pages, 8), device=device)
     generator = torch.Generator().manual_seed(seed or 0)
     for layer in pool.layers:
         for part in (layer.pages, layer.open_rows, layer.sink_rows):
@@ -85,9 +89,10 @@ class PrefillSide:
         weights: str = "same",
         format_name: str = "hack2",
         seed: int = 1,
+        device: str = "cpu",
     ) -> None:
         self.heads = heads_of_rank(NUM_HEADS, *tp)
-        self.pool = make_pool(format_name, self.heads.count, seed=seed)
+        self.pool = make_pool(format_name, self.heads.count, seed=seed, device=device)
         self.config = config
         self.outcomes: dict[int, Outcome] = {}
         self.asked: list[int] = []
@@ -116,6 +121,7 @@ class PrefillSide:
     def send(self, room: int, pages: torch.Tensor, num_tokens: int, first_page: int = 0) -> None:
         """Send a whole prompt at once; `pages` holds those from `first_page` on."""
         self.thread.expect_pages(room, len(pages))
+        pages = pages.to(self.pool.device)
         num_rows = num_tokens % PAGE_SIZE
         closed = pages[:-1] if num_rows and len(pages) else pages
         layers = {"num_layers": NUM_LAYERS}
@@ -144,9 +150,10 @@ class DecodeSide:
         tp: tuple[int, int] = (1, 0),
         weights: str = "same",
         format_name: str = "hack2",
+        device: str = "cpu",
     ) -> None:
         self.heads = heads_of_rank(NUM_HEADS, *tp)
-        self.pool = make_pool(format_name, self.heads.count)
+        self.pool = make_pool(format_name, self.heads.count, device=device)
         self.outcomes: dict[int, Outcome] = {}
         self.metadata: dict[int, bytes] = {}
         self.nonces: dict[int, int] = {}
@@ -180,14 +187,17 @@ class DecodeSide:
         """Ask for a prompt; `pages` holds those that are not here."""
         zero = torch.zeros(1, dtype=torch.int64)
         open_slots, sink_slots = self.pool.open_slots, self.pool.sink_slots
+        here = pages.to(self.pool.device)
         transfer = InTransfer(
             room,
             self.nonces[room],
             self.outcomes[room].ticket,
             prefix_pages,
             pages,
-            open_slots.held_slot(pages[-1:]) if num_tokens % PAGE_SIZE and len(pages) else zero,
-            sink_slots.held_slot(pages[:1]) if prefix_pages == 0 and len(pages) else zero,
+            open_slots.held_slot(here[-1:]).cpu()
+            if num_tokens % PAGE_SIZE and len(pages)
+            else zero,
+            sink_slots.held_slot(here[:1]).cpu() if prefix_pages == 0 and len(pages) else zero,
             lambda data: self.metadata.__setitem__(room, data),
         )
         self.thread.start_transfer(transfer, self.endpoints[room], peers)
@@ -202,8 +212,8 @@ def take_pages(pool: QuantizedKVPool, num_tokens: int, first: int) -> torch.Tens
     count = -(-num_tokens // PAGE_SIZE)
     pages = first + torch.randperm(count)
     if num_tokens % PAGE_SIZE:
-        pool.open_slots.acquire(pages[-1:])
-    pool.sink_slots.acquire(pages[:1])
+        pool.open_slots.acquire(pages[-1:].to(pool.device))
+    pool.sink_slots.acquire(pages[:1].to(pool.device))
     return pages
 
 

@@ -99,6 +99,18 @@ def test_codecs(codec: str) -> None:
         assert_equal(prefill, sent, decode, got, 300)
 
 
+@pytest.mark.gpu
+def test_pools_on_a_gpu() -> None:
+    """Pinned staging and a stream of its own on both sides; the pools differ in nothing else."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    prefill, decode = PrefillSide(CONFIG, device="cuda"), DecodeSide(CONFIG, device="cuda")
+    with stopped(prefill, decode):
+        for room, num_tokens in enumerate((63, 64, 1000), 1):
+            sent, got = ship(prefill, decode, room, num_tokens)
+            assert_equal(prefill, sent, decode, got, num_tokens)
+
+
 def test_pages_that_are_there_are_not_sent() -> None:
     prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
     with stopped(prefill, decode):
