@@ -2,10 +2,10 @@
 
 Usage: python -m benchmarks.demo_pd [--model DIR] [--out out] [--formats bf16 hack2]
 
-Starts a prefill instance, a decode instance and SGLang's router for each format, lets the agents of
 Starts a prefill instance, a decode instance and the router for each format, lets the agents of
-answer is compared with that of one server of the same format that does both. Prints one table and
-writes `demo_pd.json`.
+`benchmarks.agents` work, and reads from the prefill instance's metrics what went over the wire.
+Answers are compared with those of one server of the same format that does both. Prints one table
+and writes `demo_pd.json`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,16 @@ class Run:
 
 
 def agreement(answers: Sequence[Request], expected: Sequence[Request]) -> float:
-    """Share of answers that are the same text."""
-    pairs = zip(answers, expected, strict=True)
-    return statistics.mean(float(mine.text == other.text) for mine, other in pairs)
+    """Share of the same answers among the requests with the same prompt.
+
+    Later prompts quote earlier answers, so one answer that differs makes other prompts of them.
+    """
+    same = [
+        float(mine.text == other.text)
+        for mine, other in zip(answers, expected, strict=True)
+        if mine.prompt_ids == other.prompt_ids
+    ]
+    return statistics.mean(same)
 
 
 def run_format(model: Path, out: Path, kv_format: str, console: Console) -> Run:
