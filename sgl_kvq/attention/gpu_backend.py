@@ -23,8 +23,8 @@ from sgl_kvq.kernels.tables.api import DecodeTables
 class GpuAttnBackend(KvqAttnBackend):
     """Attention with the GPU kernels; see `KvqAttnBackend`.
 
-    Decode steps run in CUDA graphs: page tables are made inside the graph, from tensors that SGLang
-    refreshes before each replay. Extend steps run eagerly.
+    Decode steps run in CUDA graphs, over page tables that one launch makes before each replay.
+    Extend steps run eagerly.
 
     Raises:
         ConfigError: heads or layers that the kernels do not cover.
@@ -87,10 +87,24 @@ class GpuAttnBackend(KvqAttnBackend):
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Plan an extend step; see `AttentionBackend`."""
+        """Make tables or plan of a step; see `AttentionBackend`.
+
+        SGLang lets its scheduler change token tables as soon as this returns, so that all of them
+        are read here, not inside the graph.
+        """
         self.refuse_mode(forward_batch)
-        if forward_batch.forward_mode.is_decode_or_idle():
-            return
+        mode = forward_batch.forward_mode
+        if mode.is_decode():
+            self.decode_metadata = self.tables.update(
+                forward_batch.seq_lens,
+                forward_batch.req_pool_indices,
+                self.req_to_token,
+                self.slots,
+            )
+        elif mode.is_extend():
+            self._plan_extend(forward_batch)
+
+    def _plan_extend(self, forward_batch: Any) -> None:
         plan = plan_extend(
             list(forward_batch.extend_prefix_lens_cpu),
             list(forward_batch.extend_seq_lens_cpu),
@@ -102,17 +116,6 @@ class GpuAttnBackend(KvqAttnBackend):
         self.extend_metadata = upload_extend(
             plan, self.req_to_token, forward_batch.req_pool_indices, self.slots
         )
-
-    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Make the tables of a decode step, inside its graph; see `AttentionBackend`."""
-        if forward_batch.forward_mode.is_decode():
-            self.decode_metadata = self.tables.update(
-                forward_batch.seq_lens,
-                forward_batch.req_pool_indices,
-                forward_batch.out_cache_loc,
-                self.req_to_token,
-                self.slots,
-            )
 
     def forward_decode(
         self,

@@ -29,7 +29,7 @@ POINTERS = {
     **dict.fromkeys(("out_ptr", "stat_ptr", "lse_ptr"), "*fp32"),
     "q_codes_ptr": "*bf16",
     **dict.fromkeys(("final_ptr", "k_out_ptr", "v_out_ptr"), "*bf16"),
-    **dict.fromkeys(("seq_lens_ptr", "rows_ptr", "out_cache_loc_ptr"), "*i64"),
+    **dict.fromkeys(("seq_lens_ptr", "rows_ptr"), "*i64"),
     **dict.fromkeys(("open_slot_of_ptr", "sink_slot_of_ptr"), "*i64"),
     "pages_ptr": "*u8",
     "num_contained_ptr": "*i64",

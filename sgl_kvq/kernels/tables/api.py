@@ -1,4 +1,4 @@
-"""Page tables of a decode step, made on the device in one launch, so that CUDA graphs hold it."""
+"""Page tables of a decode step, made on the device in one launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DecodeTables:
     """Buffers for the page table and the appended rows of a decode step.
 
     They keep their addresses, so that a CUDA graph that was captured with them reads what `update`
-    wrote last. `update` may be captured too.
+    wrote last.
 
     Args:
         max_batch: Largest batch.
@@ -30,7 +30,6 @@ class DecodeTables:
         self,
         seq_lens: torch.Tensor,
         req_pool_indices: torch.Tensor,
-        out_cache_loc: torch.Tensor,
         req_to_token: torch.Tensor,
         slots: SlotMaps,
     ) -> tuple[PageTable, TouchedPages]:
@@ -40,8 +39,7 @@ class DecodeTables:
             seq_lens: int [batch], tokens of each request, the new one included. A padding row has
                 length 1 and stands for page and slot 0.
             req_pool_indices: int [batch], row of each request in `req_to_token`.
-            out_cache_loc: int [batch], token slot of the new token.
-            req_to_token: int32 [requests, context], token slots by position.
+            req_to_token: int32 [requests, context], token slots by position, new ones included.
             slots: Which page has which slot.
 
         Returns:
@@ -50,7 +48,7 @@ class DecodeTables:
         batch = len(seq_lens)
         fields = self._fields
         _tables_fwd_kernel[(batch,)](
-            seq_lens, req_pool_indices, out_cache_loc, req_to_token, req_to_token.stride(0),
+            seq_lens, req_pool_indices, req_to_token, req_to_token.stride(0),
             slots.open_slot_of, slots.sink_slot_of, batch, fields, fields.stride(0),
             self._indptr, self._indices, num_warps=4,
         )  # fmt: skip

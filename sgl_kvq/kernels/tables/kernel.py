@@ -12,10 +12,10 @@ BLOCK: tl.constexpr = tl.constexpr(256)
 
 @triton.jit(
     do_not_specialize=("batch", "stride_r"),
-    do_not_specialize_on_alignment=("seq_lens_ptr", "rows_ptr", "out_cache_loc_ptr"),
+    do_not_specialize_on_alignment=("seq_lens_ptr", "rows_ptr"),
 )
 def _tables_fwd_kernel(
-    seq_lens_ptr, rows_ptr, out_cache_loc_ptr, req_to_token_ptr, stride_r,
+    seq_lens_ptr, rows_ptr, req_to_token_ptr, stride_r,
     open_slot_of_ptr, sink_slot_of_ptr, batch, fields_ptr, stride_f, kv_indptr_ptr, kv_indices_ptr,
 ):  # fmt: skip
     """One program a request: its place in the table, its pages, and the row it appends."""
@@ -37,7 +37,7 @@ def _tables_fwd_kernel(
         page = tl.load(row_ptr + index * PAGE, mask=mask, other=0) // PAGE
         tl.store(kv_indices_ptr + begin + index, page, mask=mask)
     first_page = tl.load(row_ptr) // PAGE
-    out_page = (tl.load(out_cache_loc_ptr + request) // PAGE).to(tl.int32)
+    out_page = tl.load(row_ptr + seq_len - 1) // PAGE
     open_slot = tl.load(open_slot_of_ptr + out_page).to(tl.int32)
     sink_slot = tl.load(sink_slot_of_ptr + first_page).to(tl.int32)
     offset = (seq_len - 1) % PAGE

@@ -26,7 +26,6 @@ def test_tables_of_ragged_requests_and_padding(device: str) -> None:
     table, touched = tables.update(
         seq_lens.to(device),
         rows.to(device),
-        last.to(device),
         req_to_token.to(device),
         SlotMaps(open_slot_of.to(device), sink_slot_of.to(device)),
     )
