@@ -98,3 +98,13 @@ def gpu(device: str) -> str:
     if device != "cuda":
         pytest.skip("needs a GPU")
     return device
+
+
+@pytest.fixture
+def cpu() -> str:
+    """A machine without a GPU, for models in float32: SGLang's GPU kernels take 16 bits only."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a model in float32, which SGLang serves on a CPU only")
+    return "cpu"

@@ -17,6 +17,8 @@ NEW_TOKENS = 12
 LENGTHS = (450, 333, 64, 120)
 BUDGET = 1e-4  # logprobs come back in float32
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 
 def assert_same(results: list[Any], expected: list[Any]) -> None:
     assert logprob_differences(results, expected, BUDGET).max() < BUDGET

@@ -85,6 +85,7 @@ def test_more_first_pages_than_sink_slots_evict_old_sequences(
     assert again.cached_tokens == 64
 
 
+@pytest.mark.usefixtures("cpu")
 def test_two_requests_that_diverge_inside_a_page(
     model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
 ) -> None:

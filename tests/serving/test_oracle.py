@@ -20,6 +20,8 @@ from sgl_kvq.formats.registry import format_names
 PROMPT, DECODED = 2150, 70
 INTEGER_FORMATS = ["hack2", "hack4", "hack2-v1"]
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 
 @pytest.fixture(scope="module")
 def short_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
