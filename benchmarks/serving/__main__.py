@@ -36,8 +36,16 @@ BF16_TOKENS = 423_494
 """What stock SGLang's bf16 pool holds on an H100 (80 GB) with an 8B model."""
 COMMON_FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0"
 MIN_WORKLOAD_S = 20.0
-SHOWN = ("workload", "system", "capacity_tokens", "output_tok_s", "total_tok_s", "ttft_p50_s")
-SHOWN += ("ttft_p99_s", "itl_p50_ms", "itl_p99_ms", "hit_rate", "status")
+SHOWN = ("workload", "concurrency", "num_prompts", "system", "capacity_tokens", "output_tok_s")
+SHOWN += (
+    "total_tok_s",
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "itl_p50_ms",
+    "itl_p99_ms",
+    "hit_rate",
+    "status",
+)
 
 
 class Bench:
