@@ -21,8 +21,7 @@ from benchmarks.fidelity.needle import CITIES, NeedleText, count_hits, needle_te
 from benchmarks.fidelity.outliers import inject
 from benchmarks.fidelity.report import plot_pareto, table
 from benchmarks.fidelity.teacher import Teacher
-from benchmarks.plot import read
-from benchmarks.records import command_line, git_commit, write_csv
+from benchmarks.records import command_line, git_commit, read_csv, write_csv
 from sgl_kvq.commands import calibrate
 from sgl_kvq.formats.registry import format_names
 
@@ -45,6 +44,9 @@ def parse(argv: list[str] | None) -> Namespace:
     corpora = [*CORPORA, NEEDLES]
     parser.add_argument("--corpora", nargs="+", choices=corpora, default=corpora)
     parser.add_argument("--segments", type=int, default=2, help="texts of each corpus and length")
+    parser.add_argument(
+        "--layer-errors", action="store_true", help="write layer_errors.csv instead, of one text"
+    )
     parser.add_argument("--sink-tokens", type=int, default=4)
     parser.add_argument(
         "--inject-outliers",
@@ -139,8 +141,11 @@ def main(argv: list[str] | None = None) -> None:
         "commit": git_commit(),
         "command": command_line("fidelity", sys.argv[1:] if argv is None else argv),
     }
+    if args.layer_errors:
+        write_csv(args.out / "layer_errors.csv", [r | made_by for r in layer_errors(args, model)])
+        return
     path = args.out / "fidelity.csv"
-    rows = {_key(row): row for row in (read(path) if path.exists() else [])}
+    rows = {_key(row): row for row in (read_csv(path) if path.exists() else [])}
     for row in measure(args, model):
         found = {name: str(value) for name, value in (row | made_by).items()}
         rows[_key(found)] = found
@@ -148,6 +153,24 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(path, list(rows.values()))
     print(table(list(rows.values())))
     plot_pareto(list(rows.values()), args.out / "pareto.png")
+
+
+def layer_errors(args: Namespace, model: Path) -> list[dict[str, Any]]:
+    """Relative squared error of each query head's output, given the layers before as they are."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    teacher = Teacher(model, DTYPES[args.dtype])
+    (ids,) = segments(args.corpora[0], tokenizer, int(args.contexts.split(",")[0]), 1)
+    rows: list[dict[str, Any]] = []
+    for name in args.formats:
+        history = make_history(name, args, model, teacher)
+        history.errors = {}
+        teacher.hidden(ids, history)
+        for layer, heads in sorted(history.errors.items()):
+            rows += [
+                {"format": name, "layer": layer, "head": head, "relative_error": f"{error:.3e}"}
+                for head, error in enumerate(heads.tolist())
+            ]
+    return rows
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ class FormatHistory:
         model_config: Of transformers.
         sink_tokens: Leading tokens kept in 16 bits.
         config_file: See `--kv-quant-config`.
+
+    Attributes:
+        errors: Where to keep, by layer, each query head's squared error of the attention output
+            relative to the output's square, float32 [num_qo_heads]; None: nowhere.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class FormatHistory:
         num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
         self.layout = PageLayout(get_format(name), head_dim, num_kv_heads)
         self.sink_tokens = sink_tokens
+        self.errors: dict[int, torch.Tensor] | None = None
         bases: list[LayerBasis] = []
         if self.layout.format.own_basis:
             bases = [default_basis(head_dim, num_kv_heads)] * num_layers

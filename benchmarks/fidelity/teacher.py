@@ -81,6 +81,10 @@ def _attention(
     )
     sm_scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     out = history.leave(layer, page_attention(q, (k, v), (read_k, read_v), sm_scale))
+    if history.errors is not None:
+        exact = history.leave(layer, page_attention(q, (k, v), (k, v), sm_scale))
+        error = (out - exact).float().square().sum((1, 2))
+        history.errors[layer] = error / exact.float().square().sum((1, 2))
     return out[:, :length].transpose(0, 1)[None].contiguous(), None
 
 

@@ -149,7 +149,8 @@ def _out_gram(
     module: torch.nn.Module, num_qo_heads: int, num_kv_heads: int, head_dim: int
 ) -> torch.Tensor:
     """float64 [num_kv_heads, head_dim, head_dim], Gram matrix of the output projection's rows."""
-    weight = module.o_proj.weight.double().T  # type: ignore[union-attr, operator]
+    projection: Any = module.o_proj
+    weight = projection.weight.double().T
     rows = weight.reshape(num_kv_heads, num_qo_heads // num_kv_heads, head_dim, -1)
     return (rows @ rows.transpose(2, 3)).sum(1).detach()
 
