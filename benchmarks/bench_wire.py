@@ -22,7 +22,7 @@ from pathlib import Path
 import zmq
 
 from benchmarks.records import command_line, git_commit, write_csv
-from benchmarks.servers import cpu_name
+from benchmarks.servers import cpu_name, free_port
 from benchmarks.wire_ends import EndSpec, wire_pair
 
 NUM_PAGES = 192
@@ -59,13 +59,13 @@ def time_bare(block_bytes: int, count: int) -> float:
     """Seconds the bare loop takes for `count` blocks."""
     payload = memoryview(bytearray(block_bytes))
     in_flight = max(1, WINDOW_BYTES // block_bytes)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    # Forked before this process has any ZeroMQ context; a spawned one would import for seconds.
+    receiver = multiprocessing.get_context("fork").Process(target=_receive_bare, args=(endpoint,))
+    receiver.start()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.sndhwm = 0
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
-        receiver = multiprocessing.get_context("spawn").Process(
-            target=_receive_bare, args=(f"tcp://127.0.0.1:{port}",), daemon=True
-        )
-        receiver.start()
+        socket.bind(endpoint)
         identity, _ = socket.recv_multipart()
         began = time.perf_counter()
         sent = acknowledged = 0

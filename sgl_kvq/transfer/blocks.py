@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
@@ -123,7 +126,12 @@ class PoolAccess:
         self.layout = pool.layout
         self.num_layers = pool.plan.num_layers
         self._stream: Any = None
-        if not str(pool.device).startswith("cpu"):
+        # On a CPU whole rows of bytes are copied by NumPy: PyTorch's indexing takes ten times as
+        # long for uint8 (43 KiB: 55 against 5 us).
+        self._arrays: list[npt.NDArray[np.uint8]] = []
+        if str(pool.device).startswith("cpu"):
+            self._arrays = [layer.pages.numpy() for layer in pool.layers]
+        else:
             self._stream = torch.cuda.Stream(device=pool.device)
 
     def event(self) -> Any:
@@ -146,6 +154,8 @@ class PoolAccess:
         """
         if block.kind is BlockKind.METADATA:
             return memoryview(block.data)
+        if self._arrays and block.kind is BlockKind.PAGES:
+            return self._read_pages(block, self._columns(heads))
         if self._stream is None:
             return _bytes_of(self._gather(block, heads))
         with torch.cuda.stream(self._stream):
@@ -157,14 +167,27 @@ class PoolAccess:
         self._stream.synchronize()
         return _bytes_of(staged)
 
+    def _columns(self, heads: HeadRange) -> slice:
+        """Bytes of a page row that hold these heads."""
+        part, width = heads.within(self.heads), self.layout.head_bytes
+        return slice(part.start * width, part.stop * width)
+
+    def _read_pages(self, block: Block, columns: slice) -> memoryview:
+        arrays = self._arrays[block.first_layer : block.first_layer + block.num_layers]
+        pages = block.pages.numpy()
+        out = np.empty((len(arrays), len(pages), columns.stop - columns.start), dtype=np.uint8)
+        for array, target in zip(arrays, out, strict=True):
+            np.take(array[:, columns], pages, axis=0, out=target, mode="clip")
+        flat: Any = out.reshape(-1)
+        return memoryview(flat)
+
     def _gather(self, block: Block, heads: HeadRange) -> torch.Tensor:
         """Contiguous payload on the pool's device."""
         part = heads.within(self.heads)
         layers = self.pool.layers[block.first_layer : block.first_layer + block.num_layers]
         if block.kind is BlockKind.PAGES:
-            width = self.layout.head_bytes
-            columns = slice(part.start * width, part.stop * width)
-            shape = (len(layers), len(block.pages), heads.count * width)
+            columns = self._columns(heads)
+            shape = (len(layers), len(block.pages), columns.stop - columns.start)
             out = torch.empty(shape, dtype=torch.uint8, device=self.pool.device)
             for i, layer in enumerate(layers):
                 torch.index_select(layer.pages[:, columns], 0, block.pages, out=out[i])
@@ -190,13 +213,17 @@ class PoolAccess:
             WireError: the payload does not have the size of its shape.
         """
         shape, dtype = self._payload_shape(header)
-        source = torch.frombuffer(payload, dtype=torch.uint8)
-        if source.numel() != shape.numel() * dtype.itemsize:
-            raise WireError(
-                f"block {header.seq}: expected {shape.numel() * dtype.itemsize} bytes, "
-                f"got {source.numel()}"
-            )
-        source = source.view(dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        if len(payload) != size:
+            raise WireError(f"block {header.seq}: expected {size} bytes, got {len(payload)}")
+        columns = self._columns(HeadRange(header.first_head, header.first_head + header.num_heads))
+        if self._arrays and header.kind is BlockKind.PAGES:
+            values = np.frombuffer(payload, dtype=np.uint8).reshape(shape)
+            pages = place.numpy()
+            for layer, rows in enumerate(values, header.first_layer):
+                self._arrays[layer][pages, columns] = rows
+            return
+        source = torch.frombuffer(payload, dtype=dtype).view(shape)
         if self._stream is None:
             self._scatter(header, source, place)
             return
@@ -206,22 +233,21 @@ class PoolAccess:
             self._scatter(header, staged, place.to(device))
         self._stream.synchronize()
 
-    def _payload_shape(self, header: BlockHeader) -> tuple[torch.Size, torch.dtype]:
+    def _payload_shape(self, header: BlockHeader) -> tuple[tuple[int, ...], torch.dtype]:
         layers, heads = header.num_layers, header.num_heads
         if header.kind is BlockKind.PAGES:
-            shape = (layers, header.num_pages, heads * self.layout.head_bytes)
-            return torch.Size(shape), torch.uint8
+            return (layers, header.num_pages, heads * self.layout.head_bytes), torch.uint8
         rows = (layers, 2, header.num_rows, heads, self.layout.head_dim)
-        return torch.Size(rows), self.layout.row_dtype
+        return rows, self.layout.row_dtype
 
     def _scatter(self, header: BlockHeader, source: torch.Tensor, place: torch.Tensor) -> None:
         first = header.first_head
         part = HeadRange(first, first + header.num_heads).within(self.heads)
         layers = self.pool.layers[header.first_layer : header.first_layer + header.num_layers]
-        width = self.layout.head_bytes
+        columns = self._columns(HeadRange(first, first + header.num_heads))
         for layer, values in zip(layers, source, strict=True):
             if header.kind is BlockKind.PAGES:
-                layer.pages[place, part.start * width : part.stop * width] = values
+                layer.pages[place, columns] = values
             elif header.kind is BlockKind.OPEN_ROWS:
                 layer.open_rows[place, :, : header.num_rows, part] = values
             else:

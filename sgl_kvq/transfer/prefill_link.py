@@ -394,8 +394,9 @@ class PrefillThread(TransferThread):
             wire_bytes=len(payload),
             checksum=payload_checksum([payload]),
         )
-        frames = [outbound.peer.identity, BLOCK, pack_header(header), payload]
-        self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
+            self.socket.send(frame, zmq.SNDMORE | zmq.NOBLOCK)
+        self.socket.send(payload, zmq.NOBLOCK, copy=False)
         outbound.sent(seq, len(payload))
         self._count_sent(out, block, len(payload), heads.count / self.access.heads.count)
 
