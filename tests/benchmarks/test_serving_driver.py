@@ -1,0 +1,85 @@
+"""The pieces of `python -m benchmarks.serving` that need no server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from benchmarks.kv_memory import ModelShape, kv_flags
+from benchmarks.serving import __main__ as driver
+from benchmarks.serving.model_folder import make_folder
+from benchmarks.serving.workloads import make_workloads
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "one-layer", num_layers=1)
+
+
+def test_every_token_is_a_word_and_back(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == AutoConfig.from_pretrained(folder).vocab_size == 128256
+    ids = [*range(2, 128256, 997), 128255, 61, 62, 3843, 3844]
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_kv_memory_is_the_same_bytes(folder: Path) -> None:
+    shape = ModelShape.read(folder)
+    assert shape.bytes_per_token == 8 * 128 * 2 * 2  # KV heads, channels, K and V, bytes
+    kv_bytes = 6400 * shape.bytes_per_token
+    assert kv_flags("bf16", kv_bytes, shape)[1] == "6400"
+    assert kv_flags("fp8", kv_bytes, shape)[1] == "12800"
+    assert float(kv_flags("hack2", kv_bytes, shape)[1]) == pytest.approx(kv_bytes / 2**30, abs=1e-8)
+
+
+def test_shared_prefixes_are_four_times_the_pool_at_every_length() -> None:
+    workload = make_workloads(400_000)["shared-prefix"]
+    for lengths in (1.0, 0.25):
+        scaled = workload.scaled(1.0, lengths)
+        assert scaled.num_prefixes * scaled.prefix_tokens == pytest.approx(1_600_000, rel=0.01)
+        assert scaled.num_prompts == 8 * scaled.num_prefixes
+
+
+def test_the_flags_are_bench_servings_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.benchmark import serving
+
+    parsed: list[argparse.Namespace] = []
+    monkeypatch.setattr(serving, "run_benchmark", parsed.append)
+    for workload in make_workloads(400_000).values():
+        monkeypatch.setattr("sys.argv", ["bench_serving", *workload.flags()])
+        serving.cli_main()
+        assert parsed[-1].num_prompts == workload.num_prompts
+        assert parsed[-1].max_concurrency == workload.concurrency
+    assert parsed[0].random_range_ratio == 1.0
+    assert parsed[-1].gsp_num_groups == make_workloads(400_000)["shared-prefix"].num_prefixes
+
+
+def test_a_second_run_goes_on_with_what_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, list[str]]] = []
+
+    def serve(bench: driver.Bench, system: str, workloads: Any) -> None:
+        started.append((system, [workload.name for workload in workloads]))
+        statuses = {"bf16": "ok", "hack2": "timeout"}
+        for workload in workloads:
+            outcome = driver.Outcome(statuses[system], 1, 1.0)
+            driver.append_csv(out, bench._row(system, workload, 100, outcome, 1.0))
+
+    monkeypatch.setattr(driver.Bench, "_serve", serve)
+    out = tmp_path / "serving.csv"
+    names = ["256/1024 x64", "shared-prefix"]
+    argv = ["--model", str(folder), "--systems", "bf16", "hack2", "--out", str(out)]
+    argv += ["--workloads", *names]
+    assert driver.main(argv) == 0
+    assert started == [("bf16", names), ("hack2", names)]
+    started.clear()
+    driver.main(argv)
+    assert started == [("hack2", names)]  # what timed out is tried again
+    started.clear()
+    driver.main([*argv, "--scale", "0.5"])
+    assert started == [("bf16", names), ("hack2", names)]  # another size, another measurement

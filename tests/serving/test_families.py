@@ -1,0 +1,62 @@
+"""Model families beside the demo's, with random weights, in both 16-bit types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import oracle_logprobs
+from model_folders import make_model
+
+PROMPT, NEW_TOKENS = 200, 70
+ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02}  # mean; measured 0.025 and 0.008
+
+CASES = {
+    "llama-bfloat16": ("llama", torch.bfloat16),
+    "llama-mha-float16": ("llama-mha", torch.float16),
+    "qwen2-bfloat16": ("qwen2", torch.bfloat16),
+    "qwen3-float16": ("qwen3", torch.float16),
+    "mistral-bfloat16": ("mistral", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family_matches_the_oracle(
+    case: str,
+    model_path: str,
+    text_ids: list[int],
+    tmp_path: Path,
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """Pages of 16 bits equal a float32 forward up to rounding; pages of 2 bits its 2-bit twin.
+
+    With random weights a code that rounds the other way moves logprobs visibly, so 2 bits are
+    compared with what they are not: the unquantized forward is several times further away.
+    """
+    family, dtype = CASES[case]
+    make_model(tmp_path, model_path, family, dtype)
+    prompt = text_ids[:PROMPT]
+    for name, other in (("bf16", "hack2"), ("hack2", "bf16")):
+        harness = start_scheduler(
+            str(tmp_path),
+            kv_quant=name,
+            kv_quant_prefill="quantized",
+            kv_quant_memory_gb=0.02,
+            max_running_requests=2,
+        )
+        assert harness.pool.layout.row_dtype == dtype
+        (result,) = harness.generate([prompt], NEW_TOKENS, input_logprobs=True)
+        served = torch.tensor(result.input_logprobs + result.output_logprobs)
+        sequence = prompt + result.output_ids
+        found, wrong = (
+            (served - oracle_logprobs(tmp_path, sequence, fmt).logprobs).abs()
+            for fmt in (name, other)
+        )
+        assert found[:63].mean() < ROUNDING[dtype]  # page 0 is 16 bits for everybody
+        assert wrong[64:].mean() > 1
+        limit = ROUNDING[dtype] if name == "bf16" else 0.35 * wrong[64:].mean()
+        for part in (found[64:PROMPT], found[PROMPT:]):  # extend, decode
+            assert part.mean() < limit
