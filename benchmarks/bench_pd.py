@@ -172,7 +172,7 @@ def measure_agents(link: Link, model: Path, keys: Path, folder: Path, command: s
                 with launch_router(cluster, folder / name / "router.log") as router:
                     answers = workload.run(router, lambda request: None, flush=False)
                 metrics = transfer_metrics(cluster.prefill)
-            prefix = "kvq_transfer_wire_bytes_total"
+            prefix = "sgl_kvq:transfer_wire_bytes_total"
             wire = sum(value for key, value in metrics.items() if key.startswith(prefix))
             rows.append(
                 Row(

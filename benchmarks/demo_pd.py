@@ -94,19 +94,19 @@ def run_format(model: Path, out: Path, kv_format: str, console: Console) -> Run:
         metrics = transfer_metrics(cluster.prefill)
     with launch_server(model, flags, folder / "colocated.log") as server:
         expected = workload.run(server, lambda request: None)
-    prefix = "kvq_transfer_wire_bytes_total"
+    prefix = "sgl_kvq:transfer_wire_bytes_total"
     wire_bytes = int(sum(value for name, value in metrics.items() if name.startswith(prefix)))
     pages = metrics[f"{prefix}:pages"] + metrics[f"{prefix}:header"]
     return Run(
         format=kv_format,
         wire_bytes=wire_bytes,
         wire_bytes_per_token=wire_bytes / sum(request.prompt_tokens for request in answers),
-        closed_page_bytes_per_token=pages / metrics["kvq_transfer_closed_page_tokens_total"],
+        closed_page_bytes_per_token=pages / metrics["sgl_kvq:transfer_closed_page_tokens_total"],
         ratio_to_bf16=None,
         ttft_p50_s=statistics.median(request.ttft_s for request in answers),
         jct_mean_s=statistics.mean(request.total_s for request in answers),
         agreement_with_colocated=agreement(answers, expected),
-        transfers=int(metrics["kvq_transfer_transfers_total:success"]),
+        transfers=int(metrics["sgl_kvq:transfer_transfers_total:success"]),
     )
 
 

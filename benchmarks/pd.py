@@ -20,7 +20,7 @@ import requests
 from benchmarks.servers import Launch, Server, ServerError, free_port, launch_servers, stop_group
 
 ROUTER_START_S = 60.0
-_SAMPLE = re.compile(r"^(kvq_transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
+_SAMPLE = re.compile(r"^(sgl_kvq:transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -295,8 +295,8 @@ class DecodeThread(TransferThread):
         part.acks.append(header.seq)
         if fresh:
             self.metrics.blocks.inc()
-            self.metrics.wire_bytes[header.kind.name.lower()].inc(len(payload))
-            self.metrics.wire_bytes["header"].inc(HEADER_BYTES + len(BLOCK))
+            self.metrics.wire_bytes[header.kind].inc(len(payload))
+            self.metrics.header_bytes.inc(HEADER_BYTES + len(BLOCK))
             if header.kind is BlockKind.PAGES:
                 whole = self.access.heads.count * self.access.num_layers
                 share = header.num_heads * header.num_layers / whole

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from sgl_kvq.transfer.wire import BlockKind
+
 
 class TransferMetrics:
     """Counters of one process. `side` is prefill or decode.
@@ -16,15 +18,16 @@ class TransferMetrics:
     def __init__(self, side: str) -> None:
         counters, seconds = _collectors()
         self.wire_bytes = {
-            kind: counters["kvq_transfer_wire_bytes_total"].labels(side, kind)
-            for kind in ("pages", "open_rows", "sink_rows", "metadata", "header")
+            kind: counters["sgl_kvq:transfer_wire_bytes_total"].labels(side, kind.name.lower())
+            for kind in BlockKind
         }
-        self.closed_page_tokens = counters["kvq_transfer_closed_page_tokens_total"].labels(side)
-        self.blocks = counters["kvq_transfer_blocks_total"].labels(side)
-        self.retries = counters["kvq_transfer_retries_total"].labels(side)
-        self.checksum_failures = counters["kvq_transfer_checksum_failures_total"].labels(side)
-        self.refused_blocks = counters["kvq_transfer_refused_blocks_total"].labels(side)
-        self._transfers = counters["kvq_transfer_transfers_total"]
+        self.header_bytes = counters["sgl_kvq:transfer_wire_bytes_total"].labels(side, "header")
+        self.closed_page_tokens = counters["sgl_kvq:transfer_closed_page_tokens_total"].labels(side)
+        self.blocks = counters["sgl_kvq:transfer_blocks_total"].labels(side)
+        self.retries = counters["sgl_kvq:transfer_retries_total"].labels(side)
+        self.checksum_failures = counters["sgl_kvq:transfer_checksum_failures_total"].labels(side)
+        self.refused_blocks = counters["sgl_kvq:transfer_refused_blocks_total"].labels(side)
+        self._transfers = counters["sgl_kvq:transfer_transfers_total"]
         self._seconds = seconds
         self._side = side
 
@@ -42,17 +45,21 @@ def _collectors() -> tuple[dict[str, Any], Any]:
     from prometheus_client import Counter, Histogram
 
     rows = (
-        ("kvq_transfer_wire_bytes_total", "Bytes of blocks on the wire", ("side", "kind")),
-        ("kvq_transfer_closed_page_tokens_total", "Tokens of closed pages, by rank", ("side",)),
-        ("kvq_transfer_blocks_total", "Blocks sent or committed", ("side",)),
-        ("kvq_transfer_retries_total", "Blocks sent again", ("side",)),
-        ("kvq_transfer_checksum_failures_total", "Blocks whose checksum did not hold", ("side",)),
-        ("kvq_transfer_refused_blocks_total", "Blocks that fit no transfer", ("side",)),
-        ("kvq_transfer_transfers_total", "Transfers that ended", ("side", "result")),
+        ("sgl_kvq:transfer_wire_bytes_total", "Bytes of blocks on the wire", ("side", "kind")),
+        ("sgl_kvq:transfer_closed_page_tokens_total", "Tokens of closed pages, by rank", ("side",)),
+        ("sgl_kvq:transfer_blocks_total", "Blocks sent or committed", ("side",)),
+        ("sgl_kvq:transfer_retries_total", "Blocks sent again", ("side",)),
+        (
+            "sgl_kvq:transfer_checksum_failures_total",
+            "Blocks whose checksum did not hold",
+            ("side",),
+        ),
+        ("sgl_kvq:transfer_refused_blocks_total", "Blocks that fit no transfer", ("side",)),
+        ("sgl_kvq:transfer_transfers_total", "Transfers that ended", ("side", "result")),
     )
     counters = {name: Counter(name, text, labels) for name, text, labels in rows}
     buckets = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
     seconds = Histogram(
-        "kvq_transfer_state_seconds", "Time in each state", ("side", "state"), buckets=buckets
+        "sgl_kvq:transfer_state_seconds", "Time in each state", ("side", "state"), buckets=buckets
     )
     return counters, seconds

@@ -405,8 +405,8 @@ class PrefillThread(TransferThread):
             out.ticket.advance(lambda: self._on_sending(out.room))  # type: ignore[union-attr]
         out.bytes_sent += wire_bytes
         self.metrics.blocks.inc()
-        self.metrics.wire_bytes[block.kind.name.lower()].inc(wire_bytes)
-        self.metrics.wire_bytes["header"].inc(HEADER_BYTES + len(BLOCK))
+        self.metrics.wire_bytes[block.kind].inc(wire_bytes)
+        self.metrics.header_bytes.inc(HEADER_BYTES + len(BLOCK))
         if block.kind is BlockKind.PAGES:
             part = share * block.num_layers / self.access.num_layers
             self.metrics.closed_page_tokens.inc(PAGE_SIZE * len(block.pages) * part)

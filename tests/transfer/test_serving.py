@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from compare import logprob_differences
 from proxy import Proxy
 from scheduler_harness import Result
@@ -66,6 +68,30 @@ def ask(cluster: Cluster, prompt: list[int]) -> Result:
     )
 
 
+def assert_nothing_is_held(cluster: Cluster, decode_caches: bool) -> None:
+    """No open page on either side; no page at all where nothing is cached."""
+
+    def held() -> tuple[float, float, float]:
+        texts = [
+            requests.get(f"{server.url}/metrics", timeout=30).text
+            for server in (cluster.prefill, cluster.decode)
+        ]
+        open_pages = [sum(gauge(text, "open_pages")) for text in texts]
+        closed = 0.0 if decode_caches else sum(gauge(texts[1], "closed_pages"))
+        return open_pages[0], open_pages[1], closed
+
+    deadline = time.monotonic() + 45  # SGLang sets gauges every 30 s while it is idle
+    while any(held()):
+        assert time.monotonic() < deadline, held()
+        time.sleep(1)
+
+
+def gauge(text: str, name: str) -> list[float]:
+    values = re.findall(rf"^sgl_kvq:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)
+    assert values, f"no gauge {name}"
+    return [float(value) for value in values]
+
+
 def options(flags: list[str]) -> dict[str, Any]:
     names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
     return dict(zip(names, flags[1::2], strict=True))
@@ -93,6 +119,7 @@ def test_pd_equals_one_server(
         with ThreadPoolExecutor(16) as pool:
             crowd_answers = list(pool.map(lambda prompt: ask(cluster, prompt), crowd))
         total = transfer_metrics(cluster.decode)
+        assert_nothing_is_held(cluster, with_radix)
     scheduler = start_scheduler(
         model_path,
         chunked_prefill_size=512,
@@ -113,15 +140,15 @@ def test_pd_equals_one_server(
         difference = logprob_differences(crowd_answers, expected_crowd, LOGPROB_BUDGET)
         assert difference.max() < LOGPROB_BUDGET
 
-    page_tokens = "kvq_transfer_closed_page_tokens_total"
+    page_tokens = "sgl_kvq:transfer_closed_page_tokens_total"
     sent = after[page_tokens] - before[page_tokens]
     assert sent == (0 if with_radix else len(prompts[4]) // 64 * 64)
     pool_bytes = scheduler.pool.plan.layout.bytes_per_token * scheduler.pool.plan.num_layers
-    wire = after["kvq_transfer_wire_bytes_total:pages"]
-    wire += after["kvq_transfer_wire_bytes_total:header"]
+    wire = after["sgl_kvq:transfer_wire_bytes_total:pages"]
+    wire += after["sgl_kvq:transfer_wire_bytes_total:header"]
     assert wire / after[page_tokens] <= 1.01 * pool_bytes
-    assert total["kvq_transfer_transfers_total:success"] == len(prompts) + 1 + len(crowd)
-    assert not total.get("kvq_transfer_checksum_failures_total")
+    assert total["sgl_kvq:transfer_transfers_total:success"] == len(prompts) + 1 + len(crowd)
+    assert not total.get("sgl_kvq:transfer_checksum_failures_total")
 
 
 def test_kill_and_restart_of_either_instance(
@@ -177,8 +204,6 @@ def test_kill_and_restart_of_either_instance(
 
 def ask_both(cluster: Cluster, prompt: list[int]) -> list[tuple[int, str]]:
     """Status and text of both instances; 0 for one that hung up."""
-    import requests
-
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
