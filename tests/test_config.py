@@ -9,7 +9,7 @@ from sgl_kvq.errors import ConfigError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "hack3"}, "--kv-quant: expected one of hack2, .* got 'hack3'"),
+        ({"format": "hack3"}, "--kv-quant: expected one of kvq2, .* got 'hack3'"),
         ({"format": "hack2", "prefill": "fast"}, "--kv-quant-prefill: expected one of exact, quan"),
         (
             {"format": "hack2", "sink_tokens": 17},
@@ -17,6 +17,7 @@ from sgl_kvq.errors import ConfigError
         ),
         ({"format": "hack2", "sink_tokens": -1}, "--kv-quant-sink-tokens"),
         ({"format": "saw4", "hadamard_block": 24}, "--kv-quant-hadamard-block: expected a power"),
+        ({"format": "hack2", "config_file": "x"}, "expected kvq2 or kvq4 as --kv-quant, got hack2"),
         ({"format": "hack2", "memory_gb": 0.0}, "--kv-quant-memory-gb: expected a positive"),
     ],
 )
