@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.host import get_parallel
@@ -53,15 +52,9 @@ def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[R
         layout: Of this rank's pages.
 
     Raises:
-        ConfigError: `--kv-quant-config` does not fit the model, or a GPU has no kernels for the
-            format.
+        ConfigError: `--kv-quant-config` does not fit the model.
     """
     device = str(runner.token_to_kv_pool.device)
-    if device != "cpu" and not layout.format.has_gpu_kernels:
-        raise ConfigError(
-            f"--kv-quant {layout.format.name}: expected a CPU, got {device}, and the GPU kernels "
-            f"do not read its pages yet; use hack2 or hack4"
-        )
     bases = model_bases(config, runner.model_config)
     parallel = get_parallel()
     total = runner.model_config.get_total_num_kv_heads()

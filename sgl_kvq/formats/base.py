@@ -16,6 +16,9 @@ MAX_PARTITION = 64
 FINE_BITS = 2
 """Further bits of a boosted channel."""
 
+SHRUNK = (0.9, 0.8, 0.7, 0.6)
+"""Ranges that fitted codings try besides maximum - minimum, as shares of it."""
+
 
 def partition_size(head_dim: int) -> int:
     """Channels that share one scale or one code sum: at most 64, dividing head_dim.
@@ -136,8 +139,3 @@ class QuantFormat:
     def has_sums(self) -> bool:
         """Whether a page caches the sums of its codes."""
         return self.arithmetic == "integer"
-
-    @property
-    def has_gpu_kernels(self) -> bool:
-        """Whether the GPU kernels read and write these pages."""
-        return not (self.k.boosted_16ths or self.k.fitted or self.v.fitted)

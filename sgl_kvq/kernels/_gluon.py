@@ -18,8 +18,9 @@ from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia import ampere
 
 _FORWARDED = (
-    *("abs", "broadcast", "exp2", "expand_dims", "load", "log2", "max", "maximum", "minimum"),
-    *("num_programs", "permute", "program_id", "reshape", "split", "store", "sum", "where"),
+    *("abs", "broadcast", "exp2", "expand_dims", "join", "load", "log2", "max", "maximum"),
+    *("minimum", "num_programs", "permute", "program_id", "reshape", "split", "store", "sum"),
+    "where",
 )
 _LAYOUTS = (
     *("BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout"),

@@ -23,10 +23,12 @@ from typing import Any
 import triton.language as tl
 
 from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import FINE_BITS
 from sgl_kvq.kernels._gluon import constexpr_function, gl
 from sgl_kvq.kernels._page_spec import CodingSpec, PageSpec
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
+FINE_PLANES: tl.constexpr = tl.constexpr(8 // FINE_BITS)
 
 
 @constexpr_function
@@ -100,6 +102,36 @@ def plane_scale(coding: CodingSpec, plane: int) -> float:
 
 
 @constexpr_function
+def num_boosted(coding: CodingSpec) -> int:
+    """Leading channels with further bits."""
+    return coding.fine_bytes * (8 // FINE_BITS)
+
+
+@constexpr_function
+def num_cuts(coding: CodingSpec) -> int:
+    """Ranges that a fitted coding tries besides the one from minimum to maximum."""
+    return len(coding.cuts)
+
+
+@constexpr_function
+def cut_share(coding: CodingSpec, index: int) -> float:
+    """Share of the range that one of them cuts off each end."""
+    return coding.cuts[index]
+
+
+@constexpr_function
+def num_fine_tiles(coding: CodingSpec) -> int:
+    """MMA tiles of 16 bytes that a token's further bits take."""
+    return -(-coding.fine_bytes // 16)
+
+
+@constexpr_function
+def fine_scale(plane: int) -> float:
+    """What a further bits' field left at its position must be multiplied with, in codes."""
+    return float(2.0 ** (-FINE_BITS * (plane + 1)))
+
+
+@constexpr_function
 def mma_layout() -> Any:
     """Accumulators of m16n8k16 in one warp."""
     return gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
@@ -148,6 +180,13 @@ def channel_meta_layout(spec: PageSpec) -> Any:
     regs += [[p, 0] for p in _doublings(1, planes)]
     lanes = [[0, per_lane], [0, 2 * per_lane], [0, 0], [0, 0], [0, 0]]
     return gl.DistributedLinearLayout(regs, lanes, [], [], [planes, 2 * words])
+
+
+@constexpr_function
+def fine_layout() -> Any:
+    """[64 tokens, 8] int16 as loaded: two neighbours of 8 tokens a lane."""
+    lanes = [[0, 2], [0, 4], [2, 0], [16, 0], [32, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [1, 0], [4, 0], [8, 0]], lanes, [], [], [64, 8])
 
 
 @constexpr_function

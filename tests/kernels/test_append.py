@@ -6,11 +6,10 @@ import torch
 from helpers import random_rows
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import Coding
+from sgl_kvq.formats.base import SHRUNK, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.append.reference import (
-    SHRUNK,
     contain_non_finite,
     encode_pages,
     pack_planes,

@@ -64,7 +64,14 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
     ("arch", "name", "head_dim"),
     [
         *((arch, "hack2", 128) for arch in (80, 89, 90)),
-        *((90, "saw4", 96), (80, "bf16", 64), (90, "hack2-v1", 256), (89, "hack8", 80)),
+        *(
+            (90, "kvq2", 128),
+            (80, "kvq4", 64),
+            (90, "saw4", 96),
+            (80, "bf16", 64),
+            (90, "hack2-v1", 256),
+            (89, "hack8", 80),
+        ),
     ],
 )
 def test_decode(arch: int, name: str, head_dim: int) -> None:
@@ -86,7 +93,7 @@ def test_merge(arch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "hack2", 128)]
+    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "kvq2", 128)]
 )
 def test_append(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "KEEP": True, "SPEC": spec_of(name, head_dim)}
@@ -101,7 +108,7 @@ def test_rotation(arch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "bf16", 128)]
+    ("arch", "name", "head_dim"), [(80, "kvq2", 128), (89, "saw4", 80), (90, "bf16", 128)]
 )
 def test_fill(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}

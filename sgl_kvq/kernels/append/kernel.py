@@ -10,9 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
 from sgl_kvq.kernels._layouts import (
+    FINE_PLANES,
     PAGE,
+    cut_share,
     next_power_of_2,
+    num_boosted,
+    num_cuts,
     num_groups,
     num_planes,
     plane_width,
@@ -21,6 +26,8 @@ from sgl_kvq.kernels._rotation import rotate_tile
 from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
+FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
+FINE_STEPS: tl.constexpr = tl.constexpr(1 << _FINE_BITS)
 # Index tensors, whose address must not make Triton compile another variant.
 TOUCHED = (
     *("page_ptr", "slot_ptr", "sink_slot_ptr", "prior_ptr", "first_ptr", "end_ptr", "start_ptr"),
@@ -41,25 +48,55 @@ def _round_to_bf16(x):
 
 
 @triton.jit
-def _quantize(low, high, MAX_CODE: tl.constexpr):
-    """Scales and minima as float32: m = bf16(low), s = bf16((high - m) / MAX_CODE)."""
+def _range(low, high, top):
+    """Scales and minima as float32: m = bf16(low), s = bf16((high - m) / top)."""
     mins = _round_to_bf16(low)
-    scales = _round_to_bf16(tl.math.div_rn(high - mins, low * 0.0 + MAX_CODE))
+    scales = _round_to_bf16(tl.math.div_rn(high - mins, low * 0.0 + top))
     return tl.where(scales > 0.0, scales, 1.0), mins
 
 
 @triton.jit
-def _codes(x, scales, mins, MAX_CODE: tl.constexpr, HALF_UP: tl.constexpr):
-    """Codes 0 to MAX_CODE (int32) of x against stored scales and minima, broadcastable to x."""
+def _codes(x, scales, mins, top, HALF_UP: tl.constexpr):
+    """Codes 0 to top (float32) of x against stored scales and minima, all broadcastable to x."""
     divisor, steps = tl.broadcast(scales, x - mins)
     steps = tl.math.div_rn(steps, divisor)
     # Far outside of the range of codes the rounding trick would not round.
-    steps = tl.minimum(tl.maximum(steps, -1.0), MAX_CODE + 1.0)
+    steps = tl.minimum(tl.maximum(steps, -1.0), top + 1.0)
     if HALF_UP:
         steps = tl.floor(steps + 0.5)
     else:
         steps = (steps + _ROUND) - _ROUND
-    return tl.minimum(tl.maximum(steps, 0.0), MAX_CODE).to(tl.int32)
+    return tl.minimum(tl.maximum(steps, 0.0), top)
+
+
+@triton.jit
+def _error(x, scales, mins, top, counts, AXIS: tl.constexpr, HALF_UP: tl.constexpr):
+    """Sum of squared errors of each group, of the elements that count."""
+    scales, mins = tl.expand_dims(scales, AXIS), tl.expand_dims(mins, AXIS)
+    error = _codes(x, scales, mins, top, HALF_UP) * scales + mins - x
+    return tl.sum(tl.where(counts, error * error, 0.0), axis=AXIS)
+
+
+@triton.jit
+def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
+    """Scales and minima of the groups along AXIS, over the elements that count.
+
+    `tops` is the largest code by group, `top` the same broadcastable to x.
+    """
+    low = tl.min(tl.where(counts, x, float("inf")), axis=AXIS)
+    high = tl.max(tl.where(counts, x, float("-inf")), axis=AXIS)
+    scales, mins = _range(low, high, tops)
+    if num_cuts(CODING) > 0:
+        least = _error(x, scales, mins, top, counts, AXIS, CODING.half_up)
+        for i in tl.static_range(num_cuts(CODING)):
+            cut = (high - low) * cut_share(CODING, i)
+            tried_scales, tried_mins = _range(low + cut, high - cut, tops)
+            error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
+            better = error < least
+            least = tl.where(better, error, least)
+            scales = tl.where(better, tried_scales, scales)
+            mins = tl.where(better, tried_mins, mins)
+    return scales, mins
 
 
 @triton.jit
@@ -78,26 +115,30 @@ def _close(
     is_sink = tokens < num_sinks
     meta_ptr = head_ptr.to(tl.pointer_type(tl.bfloat16))
     if CODING.per_channel:
-        low = tl.min(tl.where(is_sink[:, None], float("inf"), x), axis=0)
-        high = tl.max(tl.where(is_sink[:, None], float("-inf"), x), axis=0)
-        scales, mins = _quantize(low, high, MAX_CODE)  # [positions]
+        counts, _ = tl.broadcast((is_sink == 0)[:, None], x)
+        is_boosted = channel < num_boosted(CODING)
+        tops = tl.where(is_boosted, (MAX_CODE + 1) * FINE_STEPS - 1.0, MAX_CODE + 0.0)
+        scales, mins = _fit(x, counts, tops, tops[None, :], 0, CODING)  # [positions]
+        codes = _codes(x, scales[None, :], mins[None, :], tops[None, :], CODING.half_up)
+        scales = tl.where(is_boosted, scales * FINE_STEPS, scales)
         tl.store(meta_ptr + CODING.scales // 2 + channel, scales.to(tl.bfloat16), mask=valid)
         tl.store(meta_ptr + CODING.mins // 2 + channel, mins.to(tl.bfloat16), mask=valid)
-        codes = _codes(x, scales[None, :], mins[None, :], MAX_CODE, CODING.half_up)
     else:
         element_scales = tl.full(x.shape, 1.0, tl.float32)
         element_mins = tl.zeros(x.shape, tl.float32)
         for group in tl.static_range(num_groups(SPEC, CODING)):
             inside = (valid & (channel // CODING.group_channels == group))[None, :]
-            low = tl.min(tl.where(inside, x, float("inf")), axis=1)
-            high = tl.max(tl.where(inside, x, float("-inf")), axis=1)
-            scales, mins = _quantize(low, high, MAX_CODE)  # [64]
+            counts, _ = tl.broadcast(inside, x)
+            scales, mins = _fit(x, counts, MAX_CODE + 0.0, MAX_CODE + 0.0, 1, CODING)  # [64]
             tl.store(meta_ptr + CODING.scales // 2 + group * PAGE + tokens, scales.to(tl.bfloat16))
             tl.store(meta_ptr + CODING.mins // 2 + group * PAGE + tokens, mins.to(tl.bfloat16))
             element_scales = tl.where(inside, scales[:, None], element_scales)
             element_mins = tl.where(inside, mins[:, None], element_mins)
-        codes = _codes(x, element_scales, element_mins, MAX_CODE, CODING.half_up)
-    codes = tl.where(is_sink[:, None] | (valid == 0)[None, :], 0, codes)
+        codes = _codes(x, element_scales, element_mins, MAX_CODE + 0.0, CODING.half_up)
+    codes = tl.where(is_sink[:, None] | (valid == 0)[None, :], 0.0, codes).to(tl.int32)
+    if CODING.fine_bytes > 0:
+        _store_fine(codes, tokens, head_ptr + CODING.fine, CODING, WIDTH, PADDED)
+        codes = tl.where((channel < num_boosted(CODING))[None, :], codes >> FINE_BITS, codes)
 
     byte = tl.arange(0, PADDED)
     plane = tl.arange(0, PLANES)
@@ -109,17 +150,43 @@ def _close(
         ptrs = head_ptr + CODING.codes + byte[None, :] * PAGE + tokens[:, None]
     tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
     if CODING.sums > 0:
-        sums_ptr = head_ptr + CODING.sums
-        if not CODING.sums_are_bytes:
-            sums_ptr = sums_ptr.to(tl.pointer_type(tl.int16))
-        if IS_KEY:
-            for part in tl.static_range(SPEC.head_dim // SPEC.partition):
-                inside = (channel // SPEC.partition == part)[None, :]
-                total = tl.sum(tl.where(inside, codes, 0), axis=1)
-                tl.store(sums_ptr + part * PAGE + tokens, total.to(sums_ptr.dtype.element_ty))
-        else:
-            total = tl.sum(codes, axis=0)
-            tl.store(sums_ptr + channel, total.to(sums_ptr.dtype.element_ty), mask=valid)
+        _store_sums(codes, channel, valid, tokens, head_ptr + CODING.sums, CODING, IS_KEY, SPEC)
+
+
+@triton.jit
+def _store_fine(
+    codes, tokens, fine_ptr, CODING: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Write the lowest bits of the boosted channels, [64, fine_bytes]."""
+    BYTES: tl.constexpr = next_power_of_2(CODING.fine_bytes)
+    place = tl.arange(0, FINE_PLANES * BYTES)
+    channel = (place // BYTES) * CODING.fine_bytes + place % BYTES
+    position = ((channel // WIDTH) * PADDED + channel % WIDTH) % codes.shape[1]
+    index, _ = tl.broadcast(position[None, :], tl.zeros([PAGE, FINE_PLANES * BYTES], tl.int32))
+    fine = tl.gather(codes & (FINE_STEPS - 1), index, axis=1)
+    shift = tl.arange(0, FINE_PLANES) * FINE_BITS
+    packed = tl.sum(tl.reshape(fine, [PAGE, FINE_PLANES, BYTES]) << shift[None, :, None], axis=1)
+    byte = tl.arange(0, BYTES)
+    ptrs = fine_ptr + tokens[:, None] * CODING.fine_bytes + byte[None, :]
+    tl.store(ptrs, packed.to(tl.uint8), mask=(byte < CODING.fine_bytes)[None, :])
+
+
+@triton.jit
+def _store_sums(
+    codes, channel, valid, tokens, sums_ptr,
+    CODING: tl.constexpr, IS_KEY: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Write code sums: by token and partition (K) or by channel (V)."""
+    if not CODING.sums_are_bytes:
+        sums_ptr = sums_ptr.to(tl.pointer_type(tl.int16))
+    if IS_KEY:
+        for part in tl.static_range(SPEC.head_dim // SPEC.partition):
+            inside = (channel // SPEC.partition == part)[None, :]
+            total = tl.sum(tl.where(inside, codes, 0), axis=1)
+            tl.store(sums_ptr + part * PAGE + tokens, total.to(sums_ptr.dtype.element_ty))
+    else:
+        total = tl.sum(codes, axis=0)
+        tl.store(sums_ptr + channel, total.to(sums_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import FINE_BITS, Coding
+from sgl_kvq.formats.base import FINE_BITS, SHRUNK, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.hadamard import rotate
-
-SHRUNK = (0.9, 0.8, 0.7, 0.6)
-"""Ranges that fitted codings try, as shares of maximum - minimum."""
 
 
 def quantize_groups(

@@ -10,10 +10,13 @@ from sgl_kvq.kernels._gluon import (
     jit,
 )
 from sgl_kvq.kernels._layouts import (
+    FINE_PLANES,
     b_layout,
+    fine_scale,
     key_words,
     lane_sum_layout,
     mma_layout,
+    num_fine_tiles,
     num_groups,
     num_planes,
     padded_dim,
@@ -71,6 +74,30 @@ def code_queries(
                 q = _load_q(q_ptr, stride_h, channel, valid, heads, GQA).to(gl.float32)
                 q = q * (inverse_norm[None, :] * plane_scale(SPEC.k, plane))
                 operands = operands + (q.to(gl.float16),)
+    return operands
+
+
+@jit
+def fine_channel(part: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
+    """Channels, and whether they are boosted, in the columns of a fine operand; see `fine_tile`."""
+    k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
+    byte = part * 16 + 2 * (k % 8) + k // 8
+    return plane * SPEC.k.fine_bytes + byte, byte < SPEC.k.fine_bytes
+
+
+@jit
+def fine_queries(
+    q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
+):
+    """Right operands for the further bits of boosted key channels, by 16 bytes and plane."""
+    heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
+    operands = ()
+    for part in tl.static_range(num_fine_tiles(SPEC.k)):
+        for plane in tl.static_range(FINE_PLANES):
+            channel, valid = fine_channel(part, plane, SPEC)
+            q = _load_q(q_ptr, stride_h, channel, valid, heads, GQA).to(gl.float32)
+            q = q * (inverse_norm[None, :] * fine_scale(plane))
+            operands = operands + (q.to(gl.float16),)
     return operands
 
 

