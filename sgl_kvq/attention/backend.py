@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.attention.bases import rank_bases
+from sgl_kvq.attention.bases import RankBasis, rank_bases
 from sgl_kvq.attention.support import check_layers
 from sgl_kvq.errors import HostError, KvqError
 from sgl_kvq.host import AttentionBackend
@@ -82,11 +82,24 @@ class KvqAttnBackend(AttentionBackend):
         v = v.view(-1, layer.tp_k_head_num, head_dim)
         if not self.bases:
             return q, k, v
-        basis = self.bases[layer.layer_id - self.pool.start_layer]
-        return change_basis(q, basis.q), change_basis(k, basis.k), change_basis(v, basis.v)
+        return self.enter_basis((q, k, v), self._basis(layer))
 
     def merge_heads(self, out: torch.Tensor, layer: Any) -> torch.Tensor:
         """Bring outputs [tokens, heads, head_dim] back to the model's basis, heads side by side."""
         if self.bases:
-            out = change_basis(out, self.bases[layer.layer_id - self.pool.start_layer].out)
+            out = self.leave_basis(out, self._basis(layer))
         return out.flatten(1)
+
+    def _basis(self, layer: Any) -> RankBasis:
+        return self.bases[layer.layer_id - self.pool.start_layer]
+
+    def enter_basis(
+        self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], basis: RankBasis
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take q, k, v [tokens, heads, head_dim] to the basis of the pages."""
+        q, k, v = qkv
+        return change_basis(q, basis.q), change_basis(k, basis.k), change_basis(v, basis.v)
+
+    def leave_basis(self, out: torch.Tensor, basis: RankBasis) -> torch.Tensor:
+        """Take outputs [tokens, heads, head_dim] back."""
+        return change_basis(out, basis.out)

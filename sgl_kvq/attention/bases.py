@@ -61,6 +61,11 @@ def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[R
     start = parallel.attn_tp_rank * total // parallel.attn_tp_size
     held = [basis.heads(start, start + layout.num_kv_heads) for basis in bases]
     return [
-        RankBasis(*(matrices.to(device) for matrices in (basis.q, basis.k, basis.v, basis.out)))
+        RankBasis(
+            *(
+                matrices.contiguous().to(device)
+                for matrices in (basis.q, basis.k, basis.v, basis.out)
+            )
+        )
         for basis in held
     ]

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from sgl_kvq.attention.backend import KvqAttnBackend
+from sgl_kvq.attention.bases import RankBasis
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.kernels.append.api import TouchedPages, append
+from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import ExtendBatch, upload_extend
@@ -76,6 +78,16 @@ class GpuAttnBackend(KvqAttnBackend):
         self.tables = DecodeTables(max_batch, max_batch * pages_per_request, device)
         num_qo_heads = self.layers[0].tp_q_head_num
         self.workspace = DecodeWorkspace(max_batch, num_qo_heads, self.layout, device)
+
+    def enter_basis(
+        self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], basis: RankBasis
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take q, k, v to the basis of the pages in one launch; see `KvqAttnBackend`."""
+        return change_qkv(qkv, (basis.q, basis.k, basis.v))
+
+    def leave_basis(self, out: torch.Tensor, basis: RankBasis) -> torch.Tensor:
+        """Take outputs back; see `KvqAttnBackend`."""
+        return change_basis(out, basis.out)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make room for the largest captured batch; see `AttentionBackend`."""

@@ -16,6 +16,7 @@ from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels._page_spec import PageSpec, page_spec
 from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel
+from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
 from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
@@ -28,7 +29,8 @@ POINTERS = {
     **dict.fromkeys(ROWS, "*bf16"),
     **dict.fromkeys(("out_ptr", "stat_ptr", "lse_ptr"), "*fp32"),
     "q_codes_ptr": "*bf16",
-    **dict.fromkeys(("final_ptr", "k_out_ptr", "v_out_ptr"), "*bf16"),
+    **dict.fromkeys(("final_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr"), "*bf16"),
+    **dict.fromkeys(("q_matrix_ptr", "k_matrix_ptr", "v_matrix_ptr"), "*fp32"),
     **dict.fromkeys(("seq_lens_ptr", "rows_ptr"), "*i64"),
     **dict.fromkeys(("open_slot_of_ptr", "sink_slot_of_ptr"), "*i64"),
     "pages_ptr": "*u8",
@@ -118,3 +120,10 @@ def test_fill(arch: int, name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_tables(arch: int) -> None:
     assert compile_for(_tables_fwd_kernel, arch, {}, num_warps=4)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_change_of_basis(arch: int) -> None:
+    constants = {"GROUP": 4, "KV_HEADS": 8, "HEAD_DIM": 128}
+    constants |= {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_N": 128}
+    assert compile_for(_change_qkv_kernel, arch, constants, num_warps=4)
