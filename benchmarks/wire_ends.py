@@ -22,9 +22,10 @@ from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.transfer.blocks import Block, HeadRange, PoolAccess, cut_pages
-from sgl_kvq.transfer.decode_link import DecodeThread, LinkState
+from sgl_kvq.transfer.decode_link import DecodeThread
 from sgl_kvq.transfer.handshake import make_fingerprint
 from sgl_kvq.transfer.inbound import InTransfer
+from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill_link import PrefillThread
 from sgl_kvq.transfer.thread import Ticket

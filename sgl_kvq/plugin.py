@@ -148,12 +148,12 @@ def _add_transfer_backend() -> None:
 def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
     if transfer_backend.value != TRANSFER_BACKEND:
         return original(transfer_backend, class_type)
-    from sgl_kvq.transfer import conn
+    from sgl_kvq.transfer import conn, manager
 
     kinds = host.KVClassType
     return {
         kinds.KVARGS: host.KVArgs,
-        kinds.MANAGER: conn.KvqManager,
+        kinds.MANAGER: manager.KvqManager,
         kinds.SENDER: conn.KvqSender,
         kinds.RECEIVER: conn.KvqReceiver,
         kinds.BOOTSTRAP_SERVER: conn.KvqBootstrapServer,

@@ -8,8 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -20,6 +18,7 @@ from sgl_kvq.transfer.auth import secure_client
 from sgl_kvq.transfer.blocks import HeadRange, PoolAccess
 from sgl_kvq.transfer.handshake import digest
 from sgl_kvq.transfer.inbound import InPart, InTransfer
+from sgl_kvq.transfer.link import Link, LinkState
 from sgl_kvq.transfer.messages import (
     Abort,
     Ack,
@@ -49,48 +48,6 @@ from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, Block
 logger = logging.getLogger(__name__)
 
 MAX_FINISHED = 1024
-
-
-class LinkState(Enum):
-    """Of a connection: nothing heard yet, handshake passed, handshake refused."""
-
-    CONNECTING = "connecting"
-    READY = "ready"
-    REFUSED = "refused"
-
-
-@dataclass(eq=False)
-class Link:
-    """A connection to one prefill rank.
-
-    Args:
-        endpoint: tcp:// address.
-        identity: Routing id; kept over reconnects, so that the prefill rank knows who it is.
-        waiting: Nonce and ticket of rooms that have no pages yet.
-        parts: Rooms whose blocks arrive here.
-        finished: Nonce of rooms that ended well, in case the last message is lost.
-    """
-
-    endpoint: str
-    identity: bytes
-    socket: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
-    state: LinkState = LinkState.CONNECTING
-    reason: str = ""
-    instance: int | None = None
-    heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
-    said_hello: float = 0.0
-    broken: bool = False
-    opened: float = field(default_factory=time.monotonic)
-    last_heard: float = field(default_factory=time.monotonic)
-    waiting: dict[int, tuple[int, Ticket, float]] = field(default_factory=dict)
-    parts: dict[int, InPart] = field(default_factory=dict)
-    finished: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a room depends on it."""
-        return bool(self.waiting or self.parts)
 
 
 class DecodeThread(TransferThread):

@@ -9,11 +9,9 @@ from contextlib import suppress
 
 import zmq
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError, KvqError, TransferError, WireError
 from sgl_kvq.transfer.auth import secure_server
 from sgl_kvq.transfer.blocks import Block, PoolAccess
-from sgl_kvq.transfer.codecs import get_codec
 from sgl_kvq.transfer.handshake import check_fingerprint, digest
 from sgl_kvq.transfer.messages import (
     Abort,
@@ -33,26 +31,18 @@ from sgl_kvq.transfer.messages import (
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.outbound import MAX_ROOMS_A_PEER, MAX_TRIES, Outbound, OutRoom, Peer
+from sgl_kvq.transfer.pump import Pump
 from sgl_kvq.transfer.thread import (
     ALIVE_S,
-    BLOCK,
     CONTROL,
     FRAMES_A_ROUND,
     Ticket,
     TransferThread,
 )
-from sgl_kvq.transfer.wire import (
-    HEADER_BYTES,
-    WIRE_VERSION,
-    BlockHeader,
-    BlockKind,
-    pack_header,
-    payload_checksum,
-)
+from sgl_kvq.transfer.wire import WIRE_VERSION
 
 logger = logging.getLogger(__name__)
 
-BLOCKS_A_ROUND = 8
 MAX_PEERS = 1024
 
 
@@ -87,15 +77,17 @@ class PrefillThread(TransferThread):
         super().__init__("kvq-transfer-prefill")
         self.config, self.access, self.instance = config, access, instance
         self.fingerprint, self.digest = fingerprint, digest(fingerprint)
-        self.codec = get_codec(config.codec)
         self.metrics = TransferMetrics("prefill")
         self.peers: dict[bytes, Peer] = {}
         self.rooms: dict[int, OutRoom] = {}
-        self._on_asked, self._on_sending, self._on_success = on_asked, on_sending, on_success
+        self._on_asked, self._on_success = on_asked, on_success
         self._next_alive = 0.0
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._pump = Pump(
+            self.socket, access, config, self.digest, self.metrics, on_sending, self._fail
+        )
         self.socket.ipv6 = ":" in config.host
         self._authenticator = secure_server(self.socket, config.keys) if config.keys else None
         self.port = self._bind(tp_rank)
@@ -337,79 +329,8 @@ class PrefillThread(TransferThread):
             self._fail(out, f"block {worn_out[0]} did not arrive whole in {MAX_TRIES} tries")
 
     def work(self) -> bool:
-        """Send a few blocks, one peer and one room after the other."""
-        more = False
-        for peer in self.peers.values():
-            for _ in range(BLOCKS_A_ROUND):
-                if not self._send_next(peer):
-                    break
-            else:
-                more = True
-        return more
-
-    def _send_next(self, peer: Peer) -> bool:
-        """Send the next block of a peer; False if there is none or its window is full."""
-        while peer.turn and not peer.turn[0].pending:
-            peer.turn.popleft()
-        window_full = peer.bytes_in_flight >= self.config.window_bytes
-        if not peer.turn or window_full or not peer.reachable:
-            return False
-        outbound = peer.turn[0]
-        peer.turn.rotate(-1)
-        seq = outbound.pending.popleft()
-        out = outbound.room
-        if out.ticket is None or out.ticket.over:
-            return True
-        try:
-            self._send_block(out, outbound, seq)
-        except zmq.ZMQError as error:
-            peer.reachable = False
-            outbound.pending.appendleft(seq)
-            logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
-            return False
-        return True
-
-    def _send_block(self, out: OutRoom, outbound: Outbound, seq: int) -> None:
-        block = out.blocks[seq]
-        raw = self.access.read(block, outbound.heads)
-        if out.ticket is None or out.ticket.over:
-            return  # the pages may have been given to another request while they were read
-        payload = self.codec.encode(raw)
-        heads = outbound.heads
-        header = BlockHeader(
-            kind=block.kind,
-            codec=self.codec.id,
-            room=out.room,
-            nonce=outbound.nonce,
-            fingerprint=self.digest,
-            seq=seq,
-            first_page=block.first_page,
-            num_pages=len(block.pages),
-            first_layer=block.first_layer,
-            num_layers=block.num_layers,
-            first_head=heads.first,
-            num_heads=heads.count,
-            num_rows=block.num_rows,
-            raw_bytes=len(raw),
-            wire_bytes=len(payload),
-            checksum=payload_checksum([payload]),
-        )
-        for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
-            self.socket.send(frame, zmq.SNDMORE | zmq.NOBLOCK)
-        self.socket.send(payload, zmq.NOBLOCK, copy=False)
-        outbound.sent(seq, len(payload))
-        self._count_sent(out, block, len(payload), heads.count / self.access.heads.count)
-
-    def _count_sent(self, out: OutRoom, block: Block, wire_bytes: int, share: float) -> None:
-        if out.bytes_sent == 0:
-            out.ticket.advance(lambda: self._on_sending(out.room))  # type: ignore[union-attr]
-        out.bytes_sent += wire_bytes
-        self.metrics.blocks.inc()
-        self.metrics.wire_bytes[block.kind].inc(wire_bytes)
-        self.metrics.header_bytes.inc(HEADER_BYTES + len(BLOCK))
-        if block.kind is BlockKind.PAGES:
-            part = share * block.num_layers / self.access.num_layers
-            self.metrics.closed_page_tokens.inc(PAGE_SIZE * len(block.pages) * part)
+        """Send a few blocks."""
+        return self._pump.send_some(list(self.peers.values()))
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if peer.reachable:

@@ -23,7 +23,7 @@ from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.transfer.auth import make_keys
 from sgl_kvq.transfer.blocks import HeadRange, heads_of_rank
-from sgl_kvq.transfer.decode_link import LinkState
+from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
