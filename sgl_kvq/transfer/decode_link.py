@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import time
@@ -34,7 +33,7 @@ from sgl_kvq.transfer.messages import (
     parse_message,
 )
 from sgl_kvq.transfer.metrics import TransferMetrics
-from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.thread import (
     ALIVE_S,
     BLOCK,
@@ -107,7 +106,7 @@ class DecodeThread(TransferThread):
         for endpoint in endpoints:
             try:
                 link = self.links.get(endpoint) or self._connect(endpoint)
-            except (KvqError, zmq.ZMQError) as error:
+            except (KvqError, zmq.ZMQError, OSError) as error:
                 ticket.fail(f"prefill instance at {endpoint}: {error}")
                 return
             if room in link.parts or room in link.waiting:
@@ -117,7 +116,7 @@ class DecodeThread(TransferThread):
 
     def _connect(self, endpoint: str, identity: bytes | None = None) -> Link:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-        if self.config.keys is None and not ipaddress.ip_address(host).is_loopback:
+        if self.config.keys is None and not is_loopback(host):
             raise TransferError(
                 "expected --kv-quant-transfer-keys for an address beyond loopback; make keys with: "
                 "python -m sgl_kvq keys FOLDER"

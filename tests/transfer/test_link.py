@@ -269,6 +269,15 @@ def test_only_known_keys_get_anything(tmp_path: Path) -> None:
         assert len(prefill.thread.peers) == 1
 
 
+def test_an_address_beyond_loopback_needs_keys_on_the_decode_side_too() -> None:
+    decode = DecodeSide(CONFIG)
+    with stopped(decode):
+        for room, host in ((1, "192.0.2.1"), (2, "prefill.example.org")):
+            result = decode.announce(room, [f"tcp://{host}:9"])
+            wait_for(lambda result=result: bool(result.result), 2.0)
+            assert "keys" in result.reason
+
+
 def test_port_in_use_is_one_line() -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         port = socket.bind_to_random_port("tcp://127.0.0.1")
