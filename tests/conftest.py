@@ -62,6 +62,30 @@ def tiny_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def small_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A hack2 server with 40 pages and metrics, for two requests at once.
+
+    Its random model has two KV heads of 64; one channel of V in the first layer is too large for a
+    page.
+    """
+    import torch
+    from model_folders import make_model
+
+    from benchmarks.servers import launch_server
+
+    folder = tmp_path_factory.mktemp("loud-llama")
+    model = make_model(folder, model_path, "llama", torch.bfloat16)
+    # The layer norm leaves about 1 a channel, so this channel is about 1.6e6; 65280 is the limit.
+    model.model.layers[0].self_attn.v_proj.weight.data[0] *= 1e6
+    model.model.layers[0].self_attn.o_proj.weight.data[:, 0] *= 1e-6
+    model.save_pretrained(folder)
+    flags = "--enable-metrics --decode-log-interval 1 --kv-quant hack2 --kv-quant-memory-gb 0.01"
+    flags += " --max-total-tokens 2560 --max-running-requests 2 --skip-server-warmup"
+    with launch_server(folder, flags.split(), folder / "server.log") as running:
+        yield running
+
+
 @pytest.fixture
 def start_scheduler() -> Iterator[Callable[..., Any]]:
     """Start SGLang's scheduler in this process; closed when the test ends."""

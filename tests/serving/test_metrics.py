@@ -5,34 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 import requests
-import torch
 from conftest import ROOT
-from model_folders import make_model
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.servers import Server, launch_server
+from benchmarks.servers import Server
 from sgl_kvq.metrics import CONTAINED, GAUGES, PREFIX
 
-PAGES = 40
+PAGES = 40  # of `small_server`
 
 
-@pytest.fixture(scope="module")
-def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model whose first layer makes values too large for a page, with two KV heads of 64."""
-    folder = tmp_path_factory.mktemp("loud-llama")
-    model = make_model(folder, model_path, "llama", torch.bfloat16)
-    # Layer norm leaves about 1 a channel, so this output is about 1.6e6 and 65280 is the limit.
-    model.model.layers[0].self_attn.v_proj.weight.data[0] *= 1e6
-    model.model.layers[0].self_attn.o_proj.weight.data[:, 0] *= 1e-6
-    model.save_pretrained(folder)
-    flags = "--enable-metrics --decode-log-interval 1 --kv-quant hack2 --kv-quant-memory-gb 0.01"
-    flags += f" --max-total-tokens {PAGES * 64} --max-running-requests 2 --skip-server-warmup"
-    with launch_server(folder, flags.split(), folder / "server.log") as running:
-        yield running
+@pytest.fixture
+def server(small_server: Server) -> Server:
+    return small_server
 
 
 def scrape(server: Server) -> dict[str, float]:
