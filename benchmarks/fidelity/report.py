@@ -51,6 +51,7 @@ def plot_pareto(rows: list[dict[str, str]], path: Path) -> None:
         ours = name.startswith("kvq")
         axes.plot(bits, kl, "o" if ours else "s", color="C0" if ours else "C7")
         axes.annotate(name, (bits, kl), xytext=(5, 4), textcoords="offset points", fontsize=9)
+    axes.margins(x=0.15)
     axes.set_yscale("log")
     axes.set_xlabel("bits per element, all metadata included")
     axes.set_ylabel("KL divergence from bf16, nats per token")
