@@ -40,10 +40,12 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def plot_pareto(rows: list[dict[str, str]], path: Path) -> None:
-    """Bits, metadata included, against the mean KL over corpora, without injected outliers."""
+    """Bits, metadata included, against the mean KL over corpora at the shortest context."""
+    context = min((row["context"] for row in rows), key=int)
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        if row["outliers"] == "0" and row["kl"] and row["format"] != "bf16":
+        plain = row["outliers"] == "0" and row["context"] == context
+        if plain and row["kl"] and row["format"] != "bf16":
             points[row["format"]].append((float(row["bits_per_element"]), float(row["kl"])))
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, values in points.items():
@@ -55,7 +57,7 @@ def plot_pareto(rows: list[dict[str, str]], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("bits per element, all metadata included")
     axes.set_ylabel("KL divergence from bf16, nats per token")
-    axes.set_title(f"Fidelity, {rows[0]['model']}, mean over corpora and contexts")
+    axes.set_title(f"Fidelity, {rows[0]['model']}, {context} tokens, mean over corpora")
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
