@@ -36,6 +36,7 @@ def test_every_format_is_within_the_limit(name: str, head_dim: int) -> None:
 def test_a_decode_that_reads_the_wrong_pages_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     original = reference.plan_decode
 
     def shifted(table: Any, sink_tokens: int) -> Any:
