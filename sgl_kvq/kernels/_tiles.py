@@ -260,14 +260,20 @@ def key_operand(codes, SPEC: tl.constexpr):
 def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
     """16 bytes a token of the boosted channels' further bits, as left operand [64 MMA rows, 16].
 
-    Column k holds byte 2 * (k % 8) + k // 8 in its lower half.
+    Column k holds byte 2 * (k % 8) + k // 8 in its lower half; what is above it is to be masked.
     """
     FINE: tl.constexpr = SPEC.k.fine_bytes
     tokens = gl.arange(0, PAGE, gl.SliceLayout(1, fine_layout()))
-    byte = part * 16 + 2 * gl.arange(0, 8, gl.SliceLayout(0, fine_layout()))
-    ptrs = fine_ptr + tokens[:, None] * FINE + byte[None, :]
-    even = gl.load(ptrs, mask=(byte < FINE)[None, :], other=0).to(gl.int16)
-    odd = gl.load(ptrs + 1, mask=(byte + 1 < FINE)[None, :], other=0).to(gl.int16)
+    word = part * 8 + gl.arange(0, 8, gl.SliceLayout(0, fine_layout()))
+    if FINE % 2 == 0:
+        words_ptr = fine_ptr.to(gl.pointer_type(gl.int16))
+        ptrs = words_ptr + tokens[:, None] * (FINE // 2) + word[None, :]
+        even = gl.load(ptrs, mask=(word < FINE // 2)[None, :], other=0)
+        odd = upper_bytes(even)
+    else:
+        ptrs = fine_ptr + tokens[:, None] * FINE + 2 * word[None, :]
+        even = gl.load(ptrs, mask=(2 * word < FINE)[None, :], other=0).to(gl.int16)
+        odd = gl.load(ptrs + 1, mask=(2 * word + 1 < FINE)[None, :], other=0).to(gl.int16)
     x = gl.permute(gl.reshape(gl.join(even, odd), [4, 2, 2, 2, 2, 8, 2]), [1, 2, 4, 0, 3, 6, 5])
     return gl.convert_layout(gl.reshape(x, [64, 16]), a_layout(), assert_trivial=True)
 
