@@ -12,6 +12,7 @@ from benchmarks.records import read_csv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 
 def plot_decode(rows: list[dict[str, str]], path: Path) -> None:
@@ -22,20 +23,37 @@ def plot_decode(rows: list[dict[str, str]], path: Path) -> None:
             shape = by_shape[f"{row['batch']}x{row['length']}"]
             shape[row["format"]] = float(row["x_bf16"])
             shape["FlashInfer fp8"] = float(row["us_bf16"]) / float(row["us_fp8"])
+    axes = _speed_up_bars(by_shape)
+    axes.set_xlabel("batch x length")
+    axes.set_title(f"decode attention, GQA 32/8, head_dim 128, {rows[0]['gpu']}")
+    axes.figure.savefig(path, dpi=110)
+
+
+def plot_extend(rows: list[dict[str, str]], path: Path) -> None:
+    """Speed-up over the better of FlashInfer's bf16 kernels by shape, format and prefill mode."""
+    by_shape: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        name = f"{row['format']} {row['mode']}"
+        by_shape[f"{row['fresh']} x {row['prefix']}"][name] = float(row["x_bf16"])
+    axes = _speed_up_bars(by_shape)
+    axes.set_xlabel("fresh tokens x cached prefix")
+    axes.set_title(f"extend attention, GQA 32/8, head_dim 128, {rows[0]['gpu']}")
+    axes.figure.savefig(path, dpi=110)
+
+
+def _speed_up_bars(by_shape: dict[str, dict[str, float]]) -> Axes:
+    """Grouped bars: a group a shape, a colour a system."""
     names = sorted({name for shape in by_shape.values() for name in shape})
-    figure, axes = plt.subplots(figsize=(10, 4))
+    _, axes = plt.subplots(figsize=(10, 4), layout="tight")
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [x + (i - len(names) / 2 + 0.5) * width for x in range(len(by_shape))]
         axes.bar(places, [shape[name] for shape in by_shape.values()], width, label=name)
     axes.set_xticks(range(len(by_shape)), list(by_shape))
-    axes.set_xlabel("batch x length")
     axes.set_ylabel("times as fast as FlashInfer bf16")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_title(f"decode attention, GQA 32/8, head_dim 128, {rows[0]['gpu']}")
     axes.legend(ncols=3, fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return axes
 
 
 def plot_append(rows: list[dict[str, str]], path: Path) -> None:
@@ -82,7 +100,12 @@ def main() -> None:
     """Draw one PNG beside each results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    plots = {"decode": plot_decode, "append": plot_append, "multi_agent": plot_multi_agent}
+    plots = {
+        "decode": plot_decode,
+        "extend": plot_extend,
+        "append": plot_append,
+        "multi_agent": plot_multi_agent,
+    }
     for path in parser.parse_args().files:
         if path.stem not in plots:
             parser.error(f"{path}: expected one of {', '.join(f'{name}.csv' for name in plots)}")
