@@ -8,7 +8,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 
 
-@pytest.mark.parametrize("name", ["hack2", "saw4", "bf16"])
+@pytest.mark.parametrize("name", ["kvq2", "hack2", "bf16"])
 def test_the_figures_of_the_check_command(name: str, device: str) -> None:
     found = measure(PageLayout(get_format(name), 64, 2), device, use_kernels=True)
     assert found.wrong_bytes == 0
