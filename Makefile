@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL := .model/smollm2-135m
 DEMO_ARGS ?=
 
-.PHONY: install model demo demo-pd test check bench clean
+.PHONY: install model demo demo-pd test test-long check bench clean
 
 install: $(VENV)/.installed
 
@@ -33,8 +33,11 @@ demo-pd: install model
 	$(BIN)/python -m benchmarks.demo_pd $(DEMO_ARGS)
 
 test: install model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+
+test-long: install model
+	$(BIN)/python -m pytest -m long
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files

@@ -62,13 +62,21 @@ def tiny_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def small_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture
+def small_server(paused_server: Any) -> Iterator[Any]:
     """A hack2 server with 40 pages and metrics, for two requests at once.
 
     Its random model has two KV heads of 64; one channel of V in the first layer is too large for a
     page.
     """
+    paused_server.resume()
+    yield paused_server
+    paused_server.pause()
+
+
+@pytest.fixture(scope="session")
+def paused_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`small_server`, stopped while no test uses it: an idle scheduler keeps a core busy."""
     import torch
     from model_folders import make_model
 
@@ -83,7 +91,9 @@ def small_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> I
     flags = "--enable-metrics --decode-log-interval 1 --kv-quant hack2 --kv-quant-memory-gb 0.01"
     flags += " --max-total-tokens 2560 --max-running-requests 2 --skip-server-warmup"
     with launch_server(folder, flags.split(), folder / "server.log") as running:
+        running.pause()
         yield running
+        running.resume()
 
 
 @pytest.fixture

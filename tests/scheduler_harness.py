@@ -166,11 +166,16 @@ class SchedulerHarness:
         assert self.scheduler.flush_cache()
 
     def close(self) -> None:
-        """Free the process groups, so that another scheduler can start here."""
+        """Free process groups and memory, so that another scheduler can start here."""
         from sglang.srt.distributed import parallel_state
 
         with suppress(Exception):
             self.scheduler.release_host_resources()
+        # Globals of SGLang keep the scheduler alive; its weights and pages need not be.
+        for weight in self.scheduler.tp_worker.model_runner.model.parameters():
+            weight.data = weight.data.new_empty(0)
+        if hasattr(self.pool, "layers"):
+            self.pool.layers.clear()
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()
         del self.scheduler

@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 
 import pytest
 
+from sgl_kvq.formats.registry import format_names
+
 
 def run_python(code: str) -> str:
     done = subprocess.run(
@@ -67,7 +69,7 @@ print(parser.format_help())
     text = run_python(code)
     for flag in ("", "-prefill", "-sink-tokens", "-hadamard-block", "-memory-gb"):
         assert f"--kv-quant{flag} " in text
-    assert "{hack2,hack4,hack8,k4v2,hack2-v1,kivi2,kivi4,saw4,int4,bf16}" in text
+    assert f"{{{','.join(format_names())}}}" in text
 
 
 def test_register_is_idempotent_and_hooks_are_live() -> None:

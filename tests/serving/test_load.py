@@ -13,7 +13,7 @@ NUM_REQUESTS = 300
 PAGES_OF_POOL = 24
 
 
-@pytest.mark.parametrize("name", ["hack2", "bf16"])
+@pytest.mark.parametrize("name", ["hack2", pytest.param("bf16", marks=pytest.mark.long)])
 def test_random_load_ends_with_everything_free(
     name: str,
     tiny_model_path: str,

@@ -18,6 +18,7 @@ from hf_oracle import FORMATS, oracle_logprobs
 from sgl_kvq.formats.registry import format_names
 
 PROMPT, DECODED = 2150, 70
+ALWAYS = ("hack2", "hack4", "k4v2", "saw4", "bf16")
 INTEGER_FORMATS = ["hack2", "hack4", "hack2-v1"]
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -65,7 +66,14 @@ def difference(logprobs: list[float], oracle: torch.Tensor) -> torch.Tensor:
     return (torch.tensor(logprobs) - oracle).abs()
 
 
-@pytest.mark.parametrize("name", [name for name in format_names() if name in FORMATS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.long)
+        for name in format_names()
+        if name in FORMATS
+    ],
+)
 def test_prefill_and_decode_past_2000_tokens(
     name: str, short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
 ) -> None:

@@ -20,7 +20,7 @@ from scheduler_harness import Result
 from benchmarks.pd import Cluster, launch_pd, transfer_metrics
 from benchmarks.servers import Launch, free_port, launch_servers
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.long
 
 NEW_TOKENS = 8
 MEMORY_GB = 0.2
