@@ -53,6 +53,54 @@ class KvqAttnBackend(AttentionBackend):
         ):
             raise KvqError(f"attention backend kvq: forward mode {mode.name} is not supported")
 
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append one row a request and attend; see `AttentionBackend`.
+
+        Returns:
+            [batch, num_qo_heads * head_dim].
+        """
+        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        return self.merge_heads(self.attend_decode(*rows, layer), layer).to(q.dtype)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Append fresh rows and attend; see `AttentionBackend`.
+
+        Returns:
+            [tokens, num_qo_heads * head_dim].
+        """
+        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        return self.merge_heads(self.attend_extend(*rows, layer), layer).to(q.dtype)
+
+    def attend_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
+    ) -> torch.Tensor:
+        """Append k and v and attend, all [batch, heads, head_dim]; returns a tensor like q."""
+        raise NotImplementedError
+
+    def attend_extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
+    ) -> torch.Tensor:
+        """Append k and v and attend, all [tokens, heads, head_dim]; returns a tensor like q."""
+        raise NotImplementedError
+
     def split_heads(
         self,
         q: torch.Tensor,

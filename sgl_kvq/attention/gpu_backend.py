@@ -129,57 +129,33 @@ class GpuAttnBackend(KvqAttnBackend):
             plan, self.req_to_token, forward_batch.req_pool_indices, self.slots
         )
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def attend_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
     ) -> torch.Tensor:
-        """Append one row a request and attend; see `AttentionBackend`.
-
-        Returns:
-            [batch, num_qo_heads * head_dim].
-        """
-        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
-        queries, keys, values = (x.to(self.layout.row_dtype) for x in rows)
+        """See `KvqAttnBackend`."""
+        q, k, v = (x.to(self.layout.row_dtype) for x in (q, k, v))
         assert self.decode_metadata is not None
         table, touched = self.decode_metadata
         cache = self.pool.layer(layer.layer_id)
-        append(cache, self.layout, keys, values, touched, self.pool.num_contained)
-        out, _ = decode(queries, cache, table, self.layout, layer.scaling, self.workspace)
-        return self.merge_heads(out, layer).to(q.dtype)
+        append(cache, self.layout, k, v, touched, self.pool.num_contained)
+        out, _ = decode(q, cache, table, self.layout, layer.scaling, self.workspace)
+        return out
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def attend_extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
     ) -> torch.Tensor:
-        """Append fresh rows and attend; see `AttentionBackend`.
-
-        Returns:
-            [tokens, num_qo_heads * head_dim].
-        """
-        rows = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
-        queries, keys, values = (x.to(self.layout.row_dtype) for x in rows)
+        """See `KvqAttnBackend`."""
+        q, k, v = (x.to(self.layout.row_dtype) for x in (q, k, v))
         batch = self.extend_metadata
         assert batch is not None
         cache = self.pool.layer(layer.layer_id)
         prior_rows = batch.prior_rows(cache)
         contained = self.pool.num_contained
-        append(cache, self.layout, keys, values, batch.touched, contained, prior_rows)
+        append(cache, self.layout, k, v, batch.touched, contained, prior_rows)
         out, _ = extend(
-            queries,
-            keys,
-            values,
+            q,
+            k,
+            v,
             cache,
             self.layout,
             batch.passes,
@@ -189,7 +165,7 @@ class GpuAttnBackend(KvqAttnBackend):
             self.prefill,
             self.extend_workspace,
         )
-        return self.merge_heads(out, layer).to(q.dtype)
+        return out
 
     def support_triton(self) -> bool:
         """SGLang may use its own Triton helper kernels."""

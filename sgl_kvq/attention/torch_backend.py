@@ -43,22 +43,10 @@ class TorchAttnBackend(KvqAttnBackend):
                 forward_batch, self.req_to_token, self.pool, self.config.quantized_prefill
             )
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def attend_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
     ) -> torch.Tensor:
-        """Append one row a request and attend; see `AttentionBackend`.
-
-        Returns:
-            [batch, num_qo_heads * head_dim].
-        """
-        q, k, v = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        """See `KvqAttnBackend`."""
         metadata = self.forward_metadata
         assert isinstance(metadata, DecodeMetadata)
         cache = self.pool.layer(layer.layer_id)
@@ -66,24 +54,12 @@ class TorchAttnBackend(KvqAttnBackend):
         with one_thread_if(size <= SMALL_STEP):
             self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
             out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, self.arithmetic)
-        return self.merge_heads(out, layer)
+        return out
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def attend_extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
     ) -> torch.Tensor:
-        """Append fresh rows and attend; see `AttentionBackend`.
-
-        Returns:
-            [tokens, num_qo_heads * head_dim].
-        """
-        q, k, v = self.split_heads(q, k, v, layer, save_kv_cache, kwargs)
+        """See `KvqAttnBackend`."""
         metadata = self.forward_metadata
         assert isinstance(metadata, ExtendMetadata)
         cache = self.pool.layer(layer.layer_id)
@@ -99,7 +75,7 @@ class TorchAttnBackend(KvqAttnBackend):
             layer.scaling,
             self.config.quantized_prefill,
         )
-        return self.merge_heads(out, layer)
+        return out
 
     def support_triton(self) -> bool:
         """Triton does not run on a CPU."""

@@ -23,12 +23,14 @@ from typing import Any
 import triton.language as tl
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import FINE_BITS
+from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
 from sgl_kvq.kernels._gluon import constexpr_function, gl
 from sgl_kvq.kernels._page_spec import CodingSpec, PageSpec
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
-FINE_PLANES: tl.constexpr = tl.constexpr(8 // FINE_BITS)
+FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
+FINE_STEPS: tl.constexpr = tl.constexpr(1 << _FINE_BITS)
+FINE_PLANES: tl.constexpr = tl.constexpr(8 // _FINE_BITS)
 
 
 @constexpr_function
@@ -104,7 +106,7 @@ def plane_scale(coding: CodingSpec, plane: int) -> float:
 @constexpr_function
 def num_boosted(coding: CodingSpec) -> int:
     """Leading channels with further bits."""
-    return coding.fine_bytes * (8 // FINE_BITS)
+    return coding.fine_bytes * (8 // _FINE_BITS)
 
 
 @constexpr_function
@@ -128,7 +130,7 @@ def num_fine_tiles(coding: CodingSpec) -> int:
 @constexpr_function
 def fine_scale(plane: int) -> float:
     """What a further bits' field left at its position must be multiplied with, in codes."""
-    return float(2.0 ** (-FINE_BITS * (plane + 1)))
+    return float(2.0 ** (-_FINE_BITS * (plane + 1)))
 
 
 @constexpr_function

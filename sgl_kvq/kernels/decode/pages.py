@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
 from sgl_kvq.kernels._gluon import (
     async_copy,
     gl,
@@ -12,6 +11,7 @@ from sgl_kvq.kernels._gluon import (
     mma_v2,
 )
 from sgl_kvq.kernels._layouts import (
+    FINE_BITS,
     FINE_PLANES,
     PAGE,
     a_layout,
@@ -55,8 +55,6 @@ from sgl_kvq.kernels.decode.operands import (
     fine_channel,
     rescale,
 )
-
-FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
 
 
 @jit

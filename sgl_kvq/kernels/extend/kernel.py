@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
 from sgl_kvq.kernels._layouts import (
+    FINE_BITS,
+    FINE_STEPS,
     PAGE,
     next_power_of_2,
     num_boosted,
@@ -17,8 +18,6 @@ from sgl_kvq.kernels._rotation import rotate_tile
 from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
-FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
-FINE_STEPS: tl.constexpr = tl.constexpr(1 << _FINE_BITS)
 # Arguments whose address must not make Triton compile another variant.
 FILLS = ("page_ptr", "sink_slot_ptr", "touched_ptr", "target_ptr")
 TOUCHED = ("prior_ptr", "first_ptr", "end_ptr", "start_ptr")
