@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ def serve(
 def _rank(
     rank: int, model_path: str, options: dict[str, Any], prompts: list[list[int]], results: Any
 ) -> None:
+    if not torch.cuda.is_available():  # SGLang asks for cores, and uses NCCL if it finds one
+        cores = "|".join(str(core) for core in range(options["tp_size"]))
+        os.environ |= {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "/none"}
     harness = SchedulerHarness(model_path, tp_rank=rank, **options)
     pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
     first: list[Result] = harness.generate(prompts, NEW_TOKENS, input_logprobs=True)
