@@ -103,11 +103,11 @@ def store_partial(
 def attend_segment(
     first_unit, end_unit, request, head, num_closed,
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
-    pages_ptr, open_rows_ptr, sink_rows_ptr,
+    fresh_k_ptr, fresh_v_ptr, pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indices_ptr, first_page_index, last_page_len, open_slot, sink_slot,
     out_ptr, stat_ptr, slot, sm_scale_log2, buffers,
-    SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    SPEC: tl.constexpr,
+    FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
+    STAGES: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one (request, KV head)."""
     COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
@@ -146,7 +146,8 @@ def attend_segment(
                 masked = SINKS - chunk if index == 0 else 0
                 m_run, lane_sum, offsets, acc = attend_rows(
                     k_ptr + chunk * SPEC.head_dim, v_ptr + chunk * SPEC.head_dim, SPEC.head_dim,
-                    masked, 16, q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
+                    masked, 16, fresh_k_ptr, fresh_v_ptr, -1,
+                    q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, False, HEADS, SPEC,
                 )  # fmt: skip
     else:
         q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
@@ -166,14 +167,16 @@ def attend_segment(
         k_ptr = open_ptr + chunk * (CHUNK * ROW)
         to_v = PAGE * ROW
         rows = last_page_len - chunk * CHUNK
+        fresh_row = rows - 1
         if chunk >= PAGE // CHUNK:
             k_ptr = sink_ptr
             to_v = SINKS * ROW
+            fresh_row = -1
             rows = SINKS if (num_closed > 0) & (chunk == PAGE // CHUNK) else 0
         if rows > 0:
             m_run, lane_sum, offsets, acc = attend_rows(
-                k_ptr, k_ptr + to_v, ROW, 0, rows, q_rows, sm_scale_log2,
-                m_run, lane_sum, offsets, acc, HEADS, SPEC,
+                k_ptr, k_ptr + to_v, ROW, 0, rows, fresh_k_ptr, fresh_v_ptr, fresh_row,
+                q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, FRESH, HEADS, SPEC,
             )  # fmt: skip
     store_partial(out_ptr, stat_ptr, slot, m_run, lane_sum, offsets, acc, HEADS, GQA, SPEC)
 
@@ -194,16 +197,18 @@ def _request_of_unit(kv_indptr_ptr, batch, unit, TAIL: tl.constexpr, SPEC: tl.co
 @jit(do_not_specialize=("batch",), do_not_specialize_on_alignment=PAGE_TABLE)
 def _decode_fwd_kernel(
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
+    k_ptr, v_ptr, stride_k_b, stride_k_h, stride_v_b, stride_v_h,
     pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
     out_ptr, stat_ptr, batch, sm_scale_log2,
-    SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
+    FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
+    STAGES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece of the line of units; see the module's docstring.
 
     out = sum_t p_t v_t with p_t = 2^(q . k_t * sm_scale_log2 - shift), unnormalized, for each
-    (request, head) of the piece; stat = (shift, sum_t p_t).
+    (request, head) of the piece; stat = (shift, sum_t p_t). With FRESH the newest row of a request
+    comes from k and v; the program whose unit it belongs to stores it in the open slot.
     """
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
     if PDL:
@@ -238,11 +243,13 @@ def _decode_fwd_kernel(
             attend_segment(
                 first, last, request, head, num_closed,
                 q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
+                k_ptr + request.to(gl.int64) * stride_k_b + head * stride_k_h,
+                v_ptr + request.to(gl.int64) * stride_v_b + head * stride_v_h,
                 pages_ptr, open_rows_ptr, sink_rows_ptr,
                 kv_indices_ptr, first_page, gl.load(kv_last_page_len_ptr + request),
                 gl.load(open_slots_ptr + request), gl.load(sink_slots_ptr + request),
                 out_ptr, stat_ptr, program + request * KV_HEADS + head, sm_scale_log2, buffers,
-                SINKS, HEADS, GQA, STAGES, SPEC,
+                FRESH, SINKS, HEADS, GQA, STAGES, SPEC,
             )  # fmt: skip
             unit += last - first
             if head == KV_HEADS - 1 and last == length:

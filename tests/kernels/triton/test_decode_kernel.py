@@ -29,7 +29,10 @@ def to_device(data: RandomCache, device: str) -> RandomCache:
 
 
 def run(
-    data: RandomCache, q: torch.Tensor, num_programs: int | None = None
+    data: RandomCache,
+    q: torch.Tensor,
+    num_programs: int | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode with every output and partial result poisoned beforehand."""
     workspace = DecodeWorkspace(len(q), q.shape[1], data.layout, q.device, num_programs)
@@ -38,7 +41,7 @@ def run(
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
     scale = q.shape[2] ** -0.5
-    decode(q, data.cache, data.table, data.layout, scale, workspace, out, lse)
+    decode(q, data.cache, data.table, data.layout, scale, workspace, out, lse, fresh)
     return out, lse
 
 
@@ -120,6 +123,32 @@ def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
     torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize("num_programs", [1, 7, 40])
+@pytest.mark.parametrize(("name", "head_dim"), [("hack2", 80), ("kvq4", 128), ("bf16", 64)])
+def test_fresh_rows_are_attended_to_and_stored(
+    name: str, head_dim: int, num_programs: int, device: str
+) -> None:
+    """A page's 1st, 16th, 17th, 63rd and 64th row; two padding rows share page and slot 0."""
+    lens = [1, 16, 17, 63, 64, 129, 1, 1]
+    data, q = make(name, head_dim, 2, 4, lens, 4, device)
+    data.table.open_slots[-2:] = 0
+    data.table.kv_indices[-2:] = 0
+    last = (torch.arange(8), torch.tensor(lens).sub(1).remainder(64))
+    slots = data.table.open_slots.long()
+    wide = torch.randn(2, 8, 3, 2 * head_dim, device=device).bfloat16()
+    k, v = wide[:, :, 1:, :head_dim]  # strided
+    rows = data.cache.open_rows
+    rows[slots[:6], :, last[1][:6]] = torch.stack([k, v], 1)[:6]
+    expected, expected_lse = run(data, q, num_programs)
+    before = rows.clone()
+    rows[slots[:6], :, last[1][:6]] = torch.nan  # an earlier owner's
+    out, lse = run(data, q, num_programs, (k, v))
+    assert torch.equal(out[:6], expected[:6])
+    assert torch.equal(lse[:6], expected_lse[:6])
+    assert torch.equal(rows[1:].view(torch.int16), before[1:].view(torch.int16))
+    assert rows[0, :, 1:].isnan().all()
+
+
 def test_float16_models(device: str) -> None:
     data, q = make("hack2", 64, 1, 2, [200], 4, device)
     layout = replace(data.layout, row_dtype=torch.float16)
@@ -134,6 +163,8 @@ def test_wrong_queries_are_refused(device: str) -> None:
     data, q = make("hack2", 64, 1, 2, [65], 4, device)
     with pytest.raises(ValueError, match=r"expected at most 1 rows of torch.bfloat16"):
         run(data, q.float())
+    with pytest.raises(ValueError, match=r"k: expected at most 1 rows of torch.bfloat16"):
+        run(data, q, None, (q[:, :1].float(), q[:, :1]))
     with pytest.raises(ValueError, match="num_qo_heads: expected 1 to 16 times the 1 KV heads"):
         DecodeWorkspace(1, 17, data.layout, device)
 
