@@ -294,8 +294,9 @@ def attend_pages(
             next_fine = _fetch_fine(page_ptr + following * SPEC.page_bytes, SPEC)
         masked = SINKS if index == 0 else 0
         m_run, lane_sum, offsets, acc = _attend_page(
-            buffers, stage, page_ptr + here * SPEC.page_bytes, fine, masked, q_codes, q_fine, q_mins,
-            unit, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
+            buffers, stage, page_ptr + here * SPEC.page_bytes, fine, masked,
+            q_codes, q_fine, q_mins, unit, sm_scale_log2,
+            m_run, lane_sum, offsets, acc, HEADS, SPEC,
         )  # fmt: skip
         here = following
         fine = next_fine
