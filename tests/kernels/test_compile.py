@@ -77,7 +77,7 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
     ],
 )
 def test_decode(arch: int, name: str, head_dim: int) -> None:
-    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "TAIL": 9, "PDL": arch >= 90}
+    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "TAIL": 13, "PDL": arch >= 90}
     constants["FRESH"] = True
     constants["SPEC"] = spec_of(name, head_dim)
     compiled = compile_for(_decode_fwd_kernel, arch, constants, num_warps=1, maxnreg=248)
@@ -91,7 +91,7 @@ def test_decode(arch: int, name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_merge(arch: int) -> None:
-    constants = {"GQA": 4, "HEAD_DIM": 80, "KV_HEADS": 8, "TAIL": 9, "BLOCK_D": 128, "BLOCK_S": 32}
+    constants = {"GQA": 4, "HEAD_DIM": 80, "KV_HEADS": 8, "TAIL": 13, "BLOCK_D": 128, "BLOCK_S": 32}
     assert compile_for(_decode_merge_kernel, arch, {**constants, "PDL": arch >= 90}, num_warps=4)
 
 

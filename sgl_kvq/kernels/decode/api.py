@@ -9,7 +9,7 @@ import torch
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels._rotation import rotate_rows
-from sgl_kvq.kernels.decode.configs import decode_config, tail_units
+from sgl_kvq.kernels.decode.configs import decode_config, merge_config, tail_units
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
@@ -114,12 +114,13 @@ def decode(
         table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
         FRESH=fresh is not None, SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
         STAGES=workspace.num_stages, TAIL=tail, PDL=workspace.use_pdl, SPEC=spec,
-        num_warps=1, maxnreg=MAX_REGISTERS,
+        num_warps=1, maxnreg=MAX_REGISTERS, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
+    merging = merge_config(workspace.num_programs, batch * layout.num_kv_heads)
     _decode_merge_kernel[(batch, num_qo_heads)](
         workspace.out, workspace.stats, table.kv_indptr, out, lse, batch, workspace.num_programs,
         GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads, TAIL=tail,
-        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_S=32, PDL=workspace.use_pdl,
-        num_warps=4, launch_pdl=workspace.use_pdl,
+        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_S=merging.block_slots,
+        PDL=workspace.use_pdl, num_warps=merging.num_warps, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
     return out, lse

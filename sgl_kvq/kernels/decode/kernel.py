@@ -100,6 +100,12 @@ def store_partial(
 
 
 @jit
+def _grid_control(ASM: tl.constexpr):
+    """Run an instruction of programmatic dependent launch, as an operation that returns 0."""
+    return gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
 def attend_segment(
     first_unit, end_unit, request, head, num_closed,
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
@@ -107,7 +113,7 @@ def attend_segment(
     kv_indices_ptr, first_page_index, last_page_len, open_slot, sink_slot,
     out_ptr, stat_ptr, slot, sm_scale_log2, buffers,
     FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
-    STAGES: tl.constexpr, SPEC: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one (request, KV head)."""
     COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
@@ -119,6 +125,17 @@ def attend_segment(
         here, coming = start_pages(
             first_unit, end_page, indices_ptr, page_ptr, buffers, STAGES, SPEC
         )
+    if PDL:
+        # Closed pages and tables are older than the kernel before this one; all else may be its
+        # work. Addresses depend on the wait, so that no load is moved ahead of it; times 16, so
+        # that the compiler still knows their alignment.
+        waited = 16 * _grid_control("griddepcontrol.wait; mov.b32 $0, 0;")
+        q_ptr += waited
+        q_codes_ptr += waited
+        fresh_k_ptr += waited
+        fresh_v_ptr += waited
+        open_rows_ptr += waited
+        sink_rows_ptr += waited
     q_ptr += request.to(gl.int64) * stride_q_b + head * GQA * stride_q_h
     q_codes_ptr += request.to(gl.int64) * stride_qc_b + head * GQA * stride_qc_h
     q_rows = row_queries(q_ptr, stride_q_h, HEADS, GQA, SPEC)
@@ -150,7 +167,9 @@ def attend_segment(
                     q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, False, HEADS, SPEC,
                 )  # fmt: skip
     else:
-        q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
+        q = q_rows
+        if SPEC.k.rotation > 1:
+            q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
         norm = power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
         q_codes = code_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
         q_fine = fine_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
@@ -213,14 +232,7 @@ def _decode_fwd_kernel(
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
     if PDL:
         # The merge may be launched and wait on the device, while this grid still runs.
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _grid_control("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     program = gl.program_id(0)
     total = first_unit_of(gl.load(kv_indptr_ptr + batch), batch, TAIL, KV_HEADS)
     programs = gl.minimum(gl.num_programs(0).to(gl.int64), total)
@@ -249,7 +261,7 @@ def _decode_fwd_kernel(
                 kv_indices_ptr, first_page, gl.load(kv_last_page_len_ptr + request),
                 gl.load(open_slots_ptr + request), gl.load(sink_slots_ptr + request),
                 out_ptr, stat_ptr, program + request * KV_HEADS + head, sm_scale_log2, buffers,
-                FRESH, SINKS, HEADS, GQA, STAGES, SPEC,
+                FRESH, SINKS, HEADS, GQA, STAGES, PDL, SPEC,
             )  # fmt: skip
             unit += last - first
             if head == KV_HEADS - 1 and last == length:
