@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import RandomCache, attention_fp64, random_cache
 
+from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
@@ -123,28 +124,30 @@ def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
     torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_programs", [1, 7, 40])
-@pytest.mark.parametrize(("name", "head_dim"), [("hack2", 80), ("kvq4", 128), ("bf16", 64)])
+@pytest.mark.parametrize(
+    ("name", "head_dim", "num_programs"),
+    [("hack2", 80, 7), ("saw4", 96, 3), ("kvq4", 128, 1), ("bf16", 64, 40)],
+)
 def test_fresh_rows_are_attended_to_and_stored(
     name: str, head_dim: int, num_programs: int, device: str
 ) -> None:
     """A page's 1st, 16th, 17th, 63rd and 64th row; two padding rows share page and slot 0."""
-    lens = [1, 16, 17, 63, 64, 129, 1, 1]
-    data, q = make(name, head_dim, 2, 4, lens, 4, device)
+    lens = [65, 16, 17, 63, 128, 1, 1]
+    data, q = make(name, head_dim, 2, 2, lens, 4, device)
     data.table.open_slots[-2:] = 0
     data.table.kv_indices[-2:] = 0
-    last = (torch.arange(8), torch.tensor(lens).sub(1).remainder(64))
-    slots = data.table.open_slots.long()
-    wide = torch.randn(2, 8, 3, 2 * head_dim, device=device).bfloat16()
+    offsets = torch.tensor(lens[:5], device=device).sub(1).remainder(PAGE_SIZE)
+    fresh = (data.table.open_slots[:5].long(), slice(None), offsets)
+    wide = torch.randn(2, 7, 3, 2 * head_dim, device=device).bfloat16()
     k, v = wide[:, :, 1:, :head_dim]  # strided
     rows = data.cache.open_rows
-    rows[slots[:6], :, last[1][:6]] = torch.stack([k, v], 1)[:6]
+    rows[fresh] = torch.stack([k, v], 1)[:5]
     expected, expected_lse = run(data, q, num_programs)
     before = rows.clone()
-    rows[slots[:6], :, last[1][:6]] = torch.nan  # an earlier owner's
+    rows[fresh] = torch.nan  # an earlier owner's
     out, lse = run(data, q, num_programs, (k, v))
-    assert torch.equal(out[:6], expected[:6])
-    assert torch.equal(lse[:6], expected_lse[:6])
+    assert torch.equal(out[:5], expected[:5])
+    assert torch.equal(lse[:5], expected_lse[:5])
     assert torch.equal(rows[1:].view(torch.int16), before[1:].view(torch.int16))
     assert rows[0, :, 1:].isnan().all()
 
