@@ -191,7 +191,8 @@ def test_a_graph_replays_with_new_lengths(gpu: str) -> None:
 
 def test_another_batch_or_length_compiles_nothing(gpu: str) -> None:
     data, q = make("hack2", 128, 2, 4, [130] * 17, 4, gpu)
-    run(data, q)
+    for num_programs in (1, 500):  # few and many partial results, as captured batches have
+        run(data, q, num_programs)
     compiled = [len(kernel.device_caches[0][0]) for kernel in KERNELS]
     for batch in (1, 2, 16):
         table = replace(
