@@ -51,7 +51,9 @@ from sgl_kvq.kernels.decode.pages import (
 )
 from sgl_kvq.kernels.decode.rows import (
     attend_rows,
+    load_fresh_row,
     prefetch_rows,
+    store_fresh_row,
 )
 
 CHUNK: tl.constexpr = tl.constexpr(ROWS_PER_UNIT)
@@ -138,12 +140,20 @@ def attend_segment(
         sink_rows_ptr += waited
     q_ptr += request.to(gl.int64) * stride_q_b + head * GQA * stride_q_h
     q_codes_ptr += request.to(gl.int64) * stride_qc_b + head * GQA * stride_qc_h
+    if FRESH:
+        # Stored by the program whose piece has the unit with this row, once the queries are here.
+        newest = num_closed + (last_page_len - 1) // CHUNK
+        stores = (first_unit <= newest) & (newest < end_unit)
+        k_row, v_row = load_fresh_row(fresh_k_ptr, fresh_v_ptr, stores, SPEC)
     q_rows = row_queries(q_ptr, stride_q_h, HEADS, GQA, SPEC)
     ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
     open_ptr = open_rows_ptr + open_slot.to(gl.int64) * (2 * PAGE * ROW) + head * SPEC.head_dim
     sink_ptr = sink_rows_ptr + sink_slot.to(gl.int64) * (2 * SINKS * ROW) + head * SPEC.head_dim
     if end_unit > num_closed:
         prefetch_rows(open_ptr, last_page_len, SPEC)
+    if FRESH:
+        store_fresh_row(open_ptr + (last_page_len - 1) * ROW, k_row, v_row, stores, SPEC)
+        gl.thread_barrier()  # other lanes read it below
     m_run = gl.full([HEADS], LOWEST, gl.float32, COLS)
     lane_sum = gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS))
     offsets = ()
@@ -163,8 +173,7 @@ def attend_segment(
                 masked = SINKS - chunk if index == 0 else 0
                 m_run, lane_sum, offsets, acc = attend_rows(
                     k_ptr + chunk * SPEC.head_dim, v_ptr + chunk * SPEC.head_dim, SPEC.head_dim,
-                    masked, 16, fresh_k_ptr, fresh_v_ptr, -1,
-                    q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, False, HEADS, SPEC,
+                    masked, 16, q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
                 )  # fmt: skip
     else:
         q = q_rows
@@ -186,16 +195,14 @@ def attend_segment(
         k_ptr = open_ptr + chunk * (CHUNK * ROW)
         to_v = PAGE * ROW
         rows = last_page_len - chunk * CHUNK
-        fresh_row = rows - 1
         if chunk >= PAGE // CHUNK:
             k_ptr = sink_ptr
             to_v = SINKS * ROW
-            fresh_row = -1
             rows = SINKS if (num_closed > 0) & (chunk == PAGE // CHUNK) else 0
         if rows > 0:
             m_run, lane_sum, offsets, acc = attend_rows(
-                k_ptr, k_ptr + to_v, ROW, 0, rows, fresh_k_ptr, fresh_v_ptr, fresh_row,
-                q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, FRESH, HEADS, SPEC,
+                k_ptr, k_ptr + to_v, ROW, 0, rows, q_rows, sm_scale_log2,
+                m_run, lane_sum, offsets, acc, HEADS, SPEC,
             )  # fmt: skip
     store_partial(out_ptr, stat_ptr, slot, m_run, lane_sum, offsets, acc, HEADS, GQA, SPEC)
 
@@ -227,7 +234,7 @@ def _decode_fwd_kernel(
 
     out = sum_t p_t v_t with p_t = 2^(q . k_t * sm_scale_log2 - shift), unnormalized, for each
     (request, head) of the piece; stat = (shift, sum_t p_t). With FRESH the newest row of a request
-    comes from k and v; the program whose unit it belongs to stores it in the open slot.
+    comes from k and v and is stored in the open slot.
     """
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
     if PDL:

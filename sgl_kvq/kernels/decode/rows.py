@@ -57,18 +57,24 @@ def prefetch_rows(rows_ptr, num_rows, SPEC: tl.constexpr):
 
 
 @jit
-def _row_pointers(rows_ptr, stride, rows, fresh_ptr, fresh_row, FRESH: tl.constexpr):
-    """Where 16 rows begin, [16]; the fresh one is still where the model wrote it."""
-    ptrs = rows_ptr + rows * stride
-    if FRESH:
-        ptrs = gl.where(rows == fresh_row, fresh_ptr, ptrs)
-    return ptrs
+def load_fresh_row(k_ptr, v_ptr, wanted, SPEC: tl.constexpr):
+    """One head's newest row, K and V [padded_dim] each, if it is wanted."""
+    channels = gl.arange(0, padded_dim(SPEC), gl.BlockedLayout([4], [32], [1], [0]))
+    mask = (channels < SPEC.head_dim) & wanted
+    return gl.load(k_ptr + channels, mask=mask), gl.load(v_ptr + channels, mask=mask)
 
 
 @jit
-def _load_value_rows(
-    v_ptr, stride, first, end, fresh_ptr, fresh_row, FRESH: tl.constexpr, SPEC: tl.constexpr
-):
+def store_fresh_row(row_ptr, k, v, wanted, SPEC: tl.constexpr):
+    """Put what `load_fresh_row` returned into the open slot, where K's row begins at row_ptr."""
+    channels = gl.arange(0, padded_dim(SPEC), gl.BlockedLayout([4], [32], [1], [0]))
+    mask = (channels < SPEC.head_dim) & wanted
+    gl.store(row_ptr + channels, k, mask=mask)
+    gl.store(row_ptr + PAGE * SPEC.num_kv_heads * SPEC.head_dim + channels, v, mask=mask)
+
+
+@jit
+def _load_value_rows(v_ptr, stride, first, end, SPEC: tl.constexpr):
     """Rows first to end - 1 of 16 rows of V, by plane, as left operands [value_rows, 16]."""
     WIDTH: tl.constexpr = plane_width(SPEC, SPEC.v)
     TILE: tl.constexpr = value_rows(SPEC)
@@ -76,15 +82,10 @@ def _load_value_rows(
     rows = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
     channels = gl.arange(0, TILE, gl.SliceLayout(0, LAYOUT))
     mask = ((rows >= first) & (rows < end))[:, None] & (channels < WIDTH)[None, :]
-    ptrs = _row_pointers(v_ptr, stride, rows, fresh_ptr, fresh_row, FRESH)
     operands = ()
     for plane in tl.static_range(num_planes(SPEC.v)):
-        in_plane = (plane * WIDTH + channels)[None, :]
-        v = gl.load(ptrs[:, None] + in_plane, mask=mask, other=0.0)
-        if FRESH:
-            is_fresh = mask & (rows == fresh_row)[:, None]
-            gl.store(v_ptr + rows[:, None] * stride + in_plane, v, mask=is_fresh)
-        v = transpose_blocks(v, 16, TILE)
+        at = v_ptr + rows[:, None] * stride + (plane * WIDTH + channels)[None, :]
+        v = transpose_blocks(gl.load(at, mask=mask, other=0.0), 16, TILE)
         v = gl.permute(gl.reshape(v, [2, 8, TILE // 8, 8]), [2, 1, 0, 3])
         v = gl.convert_layout(gl.reshape(v, [TILE, 16]), a_layout(), assert_trivial=True)
         operands = operands + (v,)
@@ -93,26 +94,17 @@ def _load_value_rows(
 
 @jit
 def attend_rows(
-    k_ptr, v_ptr, stride, first, end, fresh_k_ptr, fresh_v_ptr, fresh_row,
-    q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc,
-    FRESH: tl.constexpr, HEADS: tl.constexpr, SPEC: tl.constexpr,
+    k_ptr, v_ptr, stride, first, end, q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc,
+    HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Add up to 16 rows of 16 bits: rows first to end - 1 of those at k_ptr and v_ptr.
-
-    With FRESH, row `fresh_row` (none if it is not one of the 16) is read from fresh_k_ptr and
-    fresh_v_ptr, and stored among the others.
-    """
+    """Add up to 16 rows of 16 bits: rows first to end - 1 of those at k_ptr and v_ptr."""
     DIM: tl.constexpr = padded_dim(SPEC)
     LAYOUT: tl.constexpr = row_layout(DIM)
     rows = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
     channels = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     mask = ((rows >= first) & (rows < end))[:, None] & (channels < SPEC.head_dim)[None, :]
-    ptrs = _row_pointers(k_ptr, stride, rows, fresh_k_ptr, fresh_row, FRESH)
-    k = gl.load(ptrs[:, None] + channels[None, :], mask=mask, other=0.0)
-    values = _load_value_rows(v_ptr, stride, first, end, fresh_v_ptr, fresh_row, FRESH, SPEC)
-    if FRESH:
-        is_fresh = mask & (rows == fresh_row)[:, None]
-        gl.store(k_ptr + rows[:, None] * stride + channels[None, :], k, mask=is_fresh)
+    k = gl.load(k_ptr + rows[:, None] * stride + channels[None, :], mask=mask, other=0.0)
+    values = _load_value_rows(v_ptr, stride, first, end, SPEC)
     k = gl.convert_layout(columns_in_order(k, 16, DIM), a_layout(), assert_trivial=True)
     s = mma_v2(k, q_rows, gl.zeros([16, HEADS], gl.float32, mma_layout())) * sm_scale_log2
     m = gl.arange(0, 16, gl.SliceLayout(1, mma_layout()))
