@@ -173,6 +173,18 @@ class OutRoom:
             and all(outbound.done for outbound in self.outbounds.values())
         )
 
+    def refusal(self, request: Request) -> str | None:
+        """Why a further decode rank cannot take part; None if it can."""
+        first = self.request
+        if first is None:
+            return None
+        if len(self.outbounds) >= first.peers:
+            return "this room is served to another decode instance"
+        same = (request.peers, request.prefix_pages, request.num_pages)
+        if same != (first.peers, first.prefix_pages, first.num_pages):
+            return "decode ranks disagree about this room"
+        return None
+
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
         first = len(self.blocks)

@@ -8,7 +8,6 @@ a block may change the transfer's own pages and slots and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from sgl_kvq.transfer.blocks import HeadRange, PoolAccess  # noqa: E402
 from sgl_kvq.transfer.thread import Ticket  # noqa: E402
 
 FINGERPRINT, NONCE, ROOM = 11, 12, 13
-NAMES = [field.name for field in dataclasses.fields(wire.BlockHeader)]
+NAMES = wire.BlockHeader._fields
 POOL = make_pool(num_pages=12)
-ACCESS = PoolAccess(POOL, HeadRange(0, 4))
+ACCESS = open_pool(POOL, HeadRange(0, 4))
 PAGES = torch.tensor([3, 5, 7])
 POOL.open_slots.acquire(PAGES[-1:])
 POOL.sink_slots.acquire(PAGES[:1])
@@ -42,9 +41,8 @@ def part() -> inbound.InPart:
         NONCE,
         Ticket(lambda reason: None),
         0,
-        PAGES,
-        POOL.open_slots.slot_of[PAGES[-1:]],
-        POOL.sink_slots.slot_of[PAGES[:1]],
+        PAGES.numpy(),
+        [],
         lambda data: None,
     )
     fresh = inbound.InPart(transfer, ACCESS, FINGERPRINT, 1)
