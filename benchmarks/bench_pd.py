@@ -31,6 +31,7 @@ from sgl_kvq.transfer.auth import make_keys
 NAMESPACE = "kvq-prefill"
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 NUM_PAGES = 32
+BLOCK_BYTES = 2**20
 FORMATS = ("bf16", "hack2")
 AGENTS = WorkloadSizes(
     num_agents=3, num_rounds=2, shared_tokens=256, private_tokens=768, answer_tokens=12
@@ -124,11 +125,12 @@ def measure_transfer(link: Link, keys: Path, repeats: int, command: str) -> list
     with shaped(link):
         for name in FORMATS:
             spec = EndSpec(
-                name, NUM_PAGES, 2**20, host=ADDRESSES[0], keys=keys, sender_namespace=NAMESPACE
+                name, NUM_PAGES, host=ADDRESSES[0], keys=keys, sender_namespace=NAMESPACE
             )
             with wire_pair(spec) as pair:
-                pair.transfer()
-                seconds[name] = statistics.median(pair.transfer() for _ in range(repeats))
+                pair.transfer(BLOCK_BYTES)
+                times = [pair.transfer(BLOCK_BYTES) for _ in range(repeats)]
+                seconds[name] = statistics.median(times)
                 sizes[name] = pair.total_bytes
     return [
         Row(

@@ -13,8 +13,8 @@ class TransferMetrics:
     """Counters of one process. `side` is prefill or decode.
 
     Blocks are counted in plain integers, which `flush` adds to the counters: with several processes
-    each counter is a file. SGLang must have set up Prometheus for several processes before this is made, which is why
-    prometheus_client is imported here.
+    each counter is a file. SGLang must have set up Prometheus for several processes before this is
+    made, which is why prometheus_client is imported here.
     """
 
     def __init__(self, side: str) -> None:
@@ -26,6 +26,7 @@ class TransferMetrics:
         self._header_bytes = counters["sgl_kvq:transfer_wire_bytes_total"].labels(side, "header")
         self._tokens = counters["sgl_kvq:transfer_closed_page_tokens_total"].labels(side)
         self._blocks = counters["sgl_kvq:transfer_blocks_total"].labels(side)
+        self.early_bytes = counters["sgl_kvq:transfer_early_bytes_total"].labels(side)
         self.retries = counters["sgl_kvq:transfer_retries_total"].labels(side)
         self.checksum_failures = counters["sgl_kvq:transfer_checksum_failures_total"].labels(side)
         self.refused = counters["sgl_kvq:transfer_refused_messages_total"].labels(side)
@@ -80,6 +81,7 @@ def _collectors() -> tuple[dict[str, Any], Any]:
         ("sgl_kvq:transfer_wire_bytes_total", "Bytes of blocks on the wire", ("side", "kind")),
         ("sgl_kvq:transfer_closed_page_tokens_total", "Tokens of closed pages, by rank", ("side",)),
         ("sgl_kvq:transfer_blocks_total", "Blocks sent or committed", ("side",)),
+        ("sgl_kvq:transfer_early_bytes_total", "Bytes that landed while prefill ran", ("side",)),
         ("sgl_kvq:transfer_retries_total", "Blocks sent again", ("side",)),
         (
             "sgl_kvq:transfer_checksum_failures_total",

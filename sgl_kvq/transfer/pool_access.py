@@ -240,7 +240,8 @@ class GpuPoolAccess(PoolAccess):
         return array
 
     def _pinned(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self.pool.device):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def _wait(self, events: list[Any]) -> None:
         for event in events:

@@ -289,11 +289,14 @@ class PrefillThread(TransferThread):
         self.metrics.finished("success")
         seconds = time.monotonic() - out.opened
         self.metrics.observe("transferring", seconds)
+        self.metrics.early_bytes.inc(out.early_bytes)
         logger.debug(
-            "kvq-zmq: room %d sent: %d blocks, %d bytes, %.3f s from arrival, %d peers",
+            "kvq-zmq: room %d sent: %d blocks, %d bytes (%d before prefill ended), %.3f s from "
+            "arrival, %d peers",
             out.room,
             len(out.blocks),
             out.bytes_sent,
+            out.early_bytes,
             seconds,
             len(out.outbounds),
         )

@@ -20,6 +20,8 @@ from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, p
 logger = logging.getLogger(__name__)
 
 BLOCKS_A_ROUND = 8
+# As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
+_MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
 
 class Pump:
@@ -113,8 +115,8 @@ class Pump:
             checksum=checksum,
         )
         for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
-            self._socket.send(frame, zmq.SNDMORE | zmq.NOBLOCK)
-        tracker = self._socket.send(payload, zmq.NOBLOCK, copy=False, track=buffer is not None)
+            self._socket.send(frame, _MORE)
+        tracker = self._socket.send(payload, _LAST, copy=False, track=buffer is not None)
         if buffer is not None:
             assert tracker is not None
             self._buffers.give(buffer, tracker)
@@ -135,8 +137,8 @@ class Pump:
             return block.data, None
         view = self._access.view(block, heads)
         if view is not None:
-            return memoryview(view), None
+            return view.data, None
         nbytes = self._access.payload_bytes(block, heads)
         buffer = self._buffers.take(nbytes)
         self._access.read(block, heads, buffer[:nbytes])
-        return memoryview(buffer[:nbytes]), buffer
+        return buffer[:nbytes].data, buffer

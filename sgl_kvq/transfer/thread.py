@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ALIVE_S = 1.0
-FRAMES_A_ROUND = 64
+MESSAGES_A_ROUND = 64
+MAX_FRAMES = 4
 CONTROL, BLOCK = b"C", b"B"
+_NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's flags are an enum, whose operators are slow
 
 
 class Ticket:
@@ -159,8 +161,8 @@ class TransferThread(threading.Thread):
     def receive(self, socket: zmq.Socket[bytes]) -> None:
         """Take a bounded number of messages from a readable socket; bad ones are dropped."""
         with suppress(zmq.Again):
-            for _ in range(FRAMES_A_ROUND):
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            for _ in range(MESSAGES_A_ROUND):
+                frames = _receive_frames(socket)
                 try:
                     self.on_frames(socket, frames)
                 except KvqError as error:
@@ -190,3 +192,18 @@ class TransferThread(threading.Thread):
     def close(self) -> None:
         """Fail what is open and close the sockets."""
         raise NotImplementedError
+
+
+def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """A message as it lies in ZeroMQ's memory; of too many frames only so many that it shows.
+
+    Raises:
+        zmq.Again: there is none.
+    """
+    frames = [socket.recv(_NOBLOCK, copy=False)]
+    while frames[-1].more:
+        frame = socket.recv(copy=False)
+        if len(frames) > MAX_FRAMES:
+            frames.pop()
+        frames.append(frame)
+    return frames

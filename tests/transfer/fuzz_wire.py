@@ -22,7 +22,8 @@ import torch  # noqa: E402
 from pair import make_pool  # noqa: E402
 
 from sgl_kvq.errors import WireError  # noqa: E402
-from sgl_kvq.transfer.blocks import HeadRange, PoolAccess  # noqa: E402
+from sgl_kvq.transfer.blocks import HeadRange  # noqa: E402
+from sgl_kvq.transfer.pool_access import open_pool  # noqa: E402
 from sgl_kvq.transfer.thread import Ticket  # noqa: E402
 
 FINGERPRINT, NONCE, ROOM = 11, 12, 13

@@ -182,9 +182,7 @@ class DecodeSide:
     def wait_ready(self, endpoint: str) -> None:
         wait_for(lambda: self.thread.link_state(endpoint)[0] is LinkState.READY)
 
-    def start(
-        self, room: int, pages: torch.Tensor, num_tokens: int, prefix_pages: int = 0, peers: int = 1
-    ) -> None:
+    def start(self, room: int, pages: torch.Tensor, prefix_pages: int = 0, peers: int = 1) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
         transfer = InTransfer(
             room,
@@ -224,17 +222,17 @@ def assert_equal(
     pairs = zip(source.pool.layers, target.pool.layers, strict=True)
     for mine, other in pairs:
         assert torch.equal(
-            mine.pages[sent[closed], ours.start * width : ours.stop * width],
-            other.pages[got[closed], theirs.start * width : theirs.stop * width],
+            mine.pages[sent[closed], ours.start * width : ours.stop * width].cpu(),
+            other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),
         )
         if num_rows:
             a = mine.open_rows[source.pool.open_slots.slot_of[sent[-1]], :, :num_rows, ours]
             b = other.open_rows[target.pool.open_slots.slot_of[got[-1]], :, :num_rows, theirs]
-            assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
             a = mine.sink_rows[source.pool.sink_slots.slot_of[sent[0]], :, :, ours]
             b = other.sink_rows[target.pool.sink_slots.slot_of[got[0]], :, :, theirs]
-            assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Lab:
     def begin(self, room: int, side: DecodeSide, endpoint: str) -> tuple[Outcome, Outcome, Any]:
         out, result = self.prefill.open(room), side.announce(room, [endpoint])
         got = take_pages(side.pool, NUM_TOKENS, 1 + 16 * (room % 3))
-        side.start(room, got, NUM_TOKENS)
+        side.start(room, got)
         return out, result, got
 
     def finish(self, out: Outcome, result: Outcome) -> None:
