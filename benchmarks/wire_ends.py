@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
 import secrets
 import threading
 import time
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tun_link import enter_namespace
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
@@ -33,7 +32,6 @@ from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockKind
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
-CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -77,18 +75,9 @@ def _make_side(spec: EndSpec) -> tuple[QuantizedKVPool, PoolAccess, Any]:
     return pool, open_pool(pool, HeadRange(0, NUM_HEADS)), marks
 
 
-def _enter(namespace: str | None) -> None:
-    """Move this process into a network namespace, before it opens any socket."""
-    if namespace is None:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    file = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
-    if libc.setns(file, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
-
-
 def _send_end(pipe: Any, spec: EndSpec) -> None:
-    _enter(spec.sender_namespace)
+    if spec.sender_namespace is not None:
+        enter_namespace(f"/var/run/netns/{spec.sender_namespace}")  # before any socket is there
     pool, access, marks = _make_side(spec)
     asked, done = threading.Event(), threading.Event()
     thread = PrefillThread(
