@@ -22,11 +22,12 @@ from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, cut_pages
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.pool_access import PoolAccess, open_pool
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.prefill_link import PrefillThread
 from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockKind

@@ -133,9 +133,9 @@ class InPart:
             ChecksumError: the block must be sent again.
             WireError: the block does not belong into this transfer; nothing was written.
         """
-        self._check_header(header)
         if header.seq in self.received:
             return False
+        self._check_header(header)
         check_payload(header, payload)
         raw = decode_payload(header.codec, payload, header.raw_bytes)
         if header.kind is BlockKind.METADATA:

@@ -14,10 +14,10 @@ from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.server_args import quant_config
 from sgl_kvq.transfer.blocks import heads_of_rank
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.messages import Request
 from sgl_kvq.transfer.options import transfer_config
-from sgl_kvq.transfer.pool_access import open_pool
 from sgl_kvq.transfer.prefill_link import PrefillThread
 from sgl_kvq.transfer.thread import Ticket
 

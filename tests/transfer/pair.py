@@ -18,11 +18,11 @@ from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.transfer.blocks import Block, HeadRange, cut_pages, cut_rows, heads_of_rank
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.pool_access import open_pool
 from sgl_kvq.transfer.prefill_link import PrefillThread
 from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockKind
