@@ -6,6 +6,8 @@ import nothing of SGLang but the platform interface; the factories import what t
 
 from __future__ import annotations
 
+from typing import Any
+
 from sgl_kvq.host import CpuDeviceMixin, PlatformEnum, SRTPlatform
 
 
@@ -19,6 +21,12 @@ class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
     def get_device(self, device_id: int | None = None) -> str:
         """Return the device string: SGLang splits it, unlike what its own CPU mixin returns."""
         return "cpu"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Choose what SGLang's own defaults do not do on a CPU."""
+        if server_args.grammar_backend is None:
+            # SGLang masks logits for xgrammar, its default, with CUDA kernels only.
+            server_args.grammar_backend = "llguidance"
 
     def get_default_attention_backend(self) -> str:
         """Return SGLang's own PyTorch backend; `--kv-quant` selects ours."""

@@ -34,9 +34,15 @@ class Result:
 
 
 class SchedulerHarness:
-    """Start a scheduler with server options; `close` it before the next one starts."""
+    """Start a scheduler with server options; `close` it before the next one starts.
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    Args:
+        model_path: Hugging Face folder.
+        tp_rank: Rank of this process; all ranks are given the same requests in the same order.
+        options: Fields of `ServerArgs`.
+    """
+
+    def __init__(self, model_path: str, tp_rank: int = 0, **options: Any) -> None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
@@ -56,7 +62,7 @@ class SchedulerHarness:
         )
         publish(server_args, role="scheduler")
         port_args = server_args_module.PortArgs.init_new(server_args)
-        self.scheduler = Scheduler(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        self.scheduler = Scheduler(server_args, port_args, tp_rank, tp_rank, 0, 0, 0, 0, None)
         self._ids = itertools.count()
         self._requests: dict[str, Any] = {}
 
@@ -74,14 +80,21 @@ class SchedulerHarness:
         max_new_tokens: int,
         input_logprobs: bool = False,
         ignore_eos: bool = True,
+        json_schema: str | None = None,
     ) -> str:
-        """Queue a greedy request; return its id."""
+        """Queue a greedy request; return its id.
+
+        With a schema the answer is JSON of that form and ends where the JSON does.
+        """
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         rid = f"request-{next(self._ids)}"
         sampling = SamplingParams(
-            temperature=0.0, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos
+            temperature=0.0,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos and json_schema is None,
+            json_schema=json_schema,
         )
         sampling.normalize(None)
         self.scheduler.process_input_requests(
@@ -102,9 +115,10 @@ class SchedulerHarness:
                 )
             ]
         )
-        queued = [req for req in self.scheduler.waiting_queue if req.rid == rid]
-        if queued:
-            self._requests[rid] = queued[0]
+        queues = (self.scheduler.waiting_queue, self.scheduler.grammar_manager.grammar_queue)
+        for req in itertools.chain(*queues):
+            if req.rid == rid:
+                self._requests[rid] = req
         return rid
 
     def abort(self, rid: str) -> None:
@@ -132,7 +146,8 @@ class SchedulerHarness:
     def run(self, max_steps: int = 100_000) -> None:
         """Step until nothing is queued or running, then twice more for the idle self-check."""
         for _ in range(max_steps):
-            if not self.step() and not self.scheduler.waiting_queue:
+            busy = self.step() or self.scheduler.waiting_queue
+            if not busy and not self.scheduler.grammar_manager.has_waiting_grammars():
                 self.step()
                 return
         raise AssertionError(f"scheduler still busy after {max_steps} steps")
@@ -154,10 +169,17 @@ class SchedulerHarness:
         )
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, input_logprobs: bool = False
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        input_logprobs: bool = False,
+        json_schema: str | None = None,
     ) -> list[Result]:
         """Serve prompts as one batch of arrivals."""
-        rids = [self.submit(prompt, max_new_tokens, input_logprobs) for prompt in prompts]
+        rids = [
+            self.submit(prompt, max_new_tokens, input_logprobs, json_schema=json_schema)
+            for prompt in prompts
+        ]
         self.run()
         return [self.result(rid) for rid in rids]
 

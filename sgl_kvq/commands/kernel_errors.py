@@ -1,4 +1,4 @@
-"""How far append and decode are from their specification, on random rows of this device."""
+"""How far append, decode and extend are from their specification, on random rows of this device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sgl_kvq.commands.extend_error import extend_error
+from sgl_kvq.commands.samples import GQA_GROUP, SEQ_LENS, SINK_TOKENS, Sample, make_sample
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.reference import encode_pages
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 from sgl_kvq.kernels.pages import decode_keys, decode_values
-
-SEQ_LENS = (1, 64, 200, 1000)
-SINK_TOKENS = 4
-GQA_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -27,32 +25,13 @@ class KernelErrors:
         total_bytes: Bytes compared.
         decode_error: ||out - exact|| / ||exact|| of decode attention, exact being float64
             attention over the dequantized pages and the 16-bit rows.
+        extend_error: Likewise of extend.
     """
 
     wrong_bytes: int
     total_bytes: int
     decode_error: float
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Rows of a batch, one request after the other, and where they belong.
-
-    Args:
-        k: [tokens, num_kv_heads, head_dim] on the device.
-        v: Like k.
-        pages: int64 [total pages] on the host, shuffled ids, in order of position.
-        lengths: Rows of each of them, 1 to 64.
-        is_first: Whether each holds position 0.
-        is_last: Whether each is its request's last page.
-    """
-
-    k: torch.Tensor
-    v: torch.Tensor
-    pages: torch.Tensor
-    lengths: list[int]
-    is_first: list[bool]
-    is_last: list[bool]
+    extend_error: float
 
 
 def measure(layout: PageLayout, device: str, use_kernels: bool) -> KernelErrors:
@@ -63,7 +42,7 @@ def measure(layout: PageLayout, device: str, use_kernels: bool) -> KernelErrors:
         device: "cuda", or "cpu".
         use_kernels: The GPU kernels (on "cpu" under Triton's interpreter only), or PyTorch.
     """
-    sample = _make_sample(layout, device)
+    sample = make_sample(layout, device)
     cache = _empty_cache(layout, sample, device)
     touched = {
         "pages": sample.pages,
@@ -82,25 +61,15 @@ def measure(layout: PageLayout, device: str, use_kernels: bool) -> KernelErrors:
         generator=torch.Generator().manual_seed(1),
     ).to(layout.row_dtype)
     out = _decode(q.to(device), cache, table, layout, use_kernels).cpu()
-    exact = _exact_attention(q, layout, sample, expected)
+    seen = _as_read(layout, sample, expected)
+    exact = _exact_attention(q, layout, sample, seen)
     difference = (out.double() - exact).norm() / exact.norm()
-    return KernelErrors(int((found != expected).sum()), expected.numel(), float(difference))
-
-
-def _make_sample(layout: PageLayout, device: str) -> _Sample:
-    generator = torch.Generator().manual_seed(0)
-    shape = (sum(SEQ_LENS), layout.num_kv_heads, layout.head_dim)
-    k, v = (torch.randn(shape, generator=generator) for _ in range(2))
-    k = k * torch.exp(0.7 * torch.randn(shape[1:], generator=generator))  # channels differ
-    lengths, is_first, is_last = [], [], []
-    for seq_len in SEQ_LENS:
-        starts = range(0, seq_len, PAGE_SIZE)
-        lengths += [min(PAGE_SIZE, seq_len - start) for start in starts]
-        is_first += [start == 0 for start in starts]
-        is_last += [start + PAGE_SIZE >= seq_len for start in starts]
-    pages = torch.randperm(2 * len(lengths), generator=generator)[: len(lengths)] + 1
-    dtype = layout.row_dtype
-    return _Sample(k.to(device, dtype), v.to(device, dtype), pages, lengths, is_first, is_last)
+    return KernelErrors(
+        wrong_bytes=int((found != expected).sum()),
+        total_bytes=expected.numel(),
+        decode_error=float(difference),
+        extend_error=extend_error(cache, layout, sample, seen, use_kernels),
+    )
 
 
 def _slots(owns_one: list[bool]) -> torch.Tensor:
@@ -109,7 +78,7 @@ def _slots(owns_one: list[bool]) -> torch.Tensor:
     return owners.cumsum(0) * owners
 
 
-def _empty_cache(layout: PageLayout, sample: _Sample, device: str) -> PagedCache:
+def _empty_cache(layout: PageLayout, sample: Sample, device: str) -> PagedCache:
     rows = (layout.num_kv_heads, layout.head_dim)
     slots = len(SEQ_LENS) + 1
     return PagedCache(
@@ -124,7 +93,7 @@ def _empty_cache(layout: PageLayout, sample: _Sample, device: str) -> PagedCache
 
 
 def _append_by_kernel(
-    cache: PagedCache, layout: PageLayout, sample: _Sample, touched: dict[str, torch.Tensor]
+    cache: PagedCache, layout: PageLayout, sample: Sample, touched: dict[str, torch.Tensor]
 ) -> None:
     from sgl_kvq.kernels.append.api import TouchedPages, append
 
@@ -151,7 +120,7 @@ def _append_by_kernel(
 
 
 def _append_by_pytorch(
-    cache: PagedCache, layout: PageLayout, sample: _Sample, touched: dict[str, torch.Tensor]
+    cache: PagedCache, layout: PageLayout, sample: Sample, touched: dict[str, torch.Tensor]
 ) -> None:
     from sgl_kvq.kernels.append.store import ClosingPages, ExtendAppend, append_extend
 
@@ -184,7 +153,7 @@ def _append_by_pytorch(
 
 
 def _keep_full_last_pages(
-    cache: PagedCache, sample: _Sample, touched: dict[str, torch.Tensor]
+    cache: PagedCache, sample: Sample, touched: dict[str, torch.Tensor]
 ) -> None:
     """A last page is read from its open slot even when it is full, as after a decode step."""
     start = 0
@@ -197,7 +166,7 @@ def _keep_full_last_pages(
         start += length
 
 
-def _expected_pages(layout: PageLayout, sample: _Sample) -> torch.Tensor:
+def _expected_pages(layout: PageLayout, sample: Sample) -> torch.Tensor:
     """uint8 [full pages, page_bytes] by the specification, on the CPU."""
     k_pages, v_pages = (rows.cpu().split(sample.lengths) for rows in (sample.k, sample.v))
     full = [i for i, length in enumerate(sample.lengths) if length == PAGE_SIZE]
@@ -206,7 +175,7 @@ def _expected_pages(layout: PageLayout, sample: _Sample) -> torch.Tensor:
     return encode_pages(k, v, sinks, layout)
 
 
-def _page_table(sample: _Sample, touched: dict[str, torch.Tensor], device: str) -> PageTable:
+def _page_table(sample: Sample, touched: dict[str, torch.Tensor], device: str) -> PageTable:
     first, last = torch.tensor(sample.is_first), torch.tensor(sample.is_last)
     ends = last.nonzero().squeeze(1) + 1
     fields = {
@@ -234,12 +203,13 @@ def _decode(
     return reference.decode(q, cache, plan, layout, sm_scale)[0]
 
 
-def _exact_attention(
-    q: torch.Tensor, layout: PageLayout, sample: _Sample, encoded: torch.Tensor
-) -> torch.Tensor:
-    """float64 [batch, num_qo_heads, head_dim], on the CPU, over what each request must see."""
-    exact = torch.stack([sample.k.cpu(), sample.v.cpu()]).double()  # [2, tokens, H, D]
-    seen = exact.clone()
+def _as_read(layout: PageLayout, sample: Sample, encoded: torch.Tensor) -> torch.Tensor:
+    """K and V that a request reads: its last page exact, others dequantized, with exact sinks.
+
+    Returns:
+        float64 [2, tokens, num_kv_heads, head_dim], on the CPU.
+    """
+    seen = torch.stack([sample.k.cpu(), sample.v.cpu()]).double()
     decoded = torch.stack([decode(encoded, layout) for decode in (decode_keys, decode_values)])
     start = page = 0
     for length, is_first, is_last in zip(
@@ -252,6 +222,13 @@ def _exact_attention(
                 seen[:, start + sinks : start + length] = rows[:, sinks:]
             page += 1
         start += length
+    return seen
+
+
+def _exact_attention(
+    q: torch.Tensor, layout: PageLayout, sample: Sample, seen: torch.Tensor
+) -> torch.Tensor:
+    """float64 [batch, num_qo_heads, head_dim], on the CPU, over what each request must see."""
     out = []
     for row, (keys, values) in zip(
         q.double(), zip(*(part.split(SEQ_LENS) for part in seen), strict=True), strict=True

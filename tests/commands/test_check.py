@@ -12,6 +12,7 @@ from sgl_kvq.commands import check, kernel_errors
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.decode import reference
+from sgl_kvq.kernels.extend import reference as extend_reference
 
 
 def test_the_screen_of_a_machine_that_works(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,7 +20,14 @@ def test_the_screen_of_a_machine_that_works(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "FAIL" not in text
     assert "everything works" in text
-    for word in ("torch 2.", "sglang 0.5.17", "0 of", "decode error", *format_names()):
+    for word in (
+        "torch 2.",
+        "sglang 0.5.17",
+        "0 of",
+        "decode error",
+        "extend error",
+        *format_names(),
+    ):
         assert word in text
 
 
@@ -30,7 +38,8 @@ def test_every_format_is_within_the_limit(name: str, head_dim: int) -> None:
         PageLayout(get_format(name), head_dim, 2), "cpu", use_kernels=False
     )
     assert found.wrong_bytes == 0
-    assert 0 < found.decode_error < check.MAX_DECODE_ERROR / 2
+    assert 0 < found.decode_error < check.MAX_ERROR / 2
+    assert 0 < found.extend_error < check.MAX_ERROR / 2
 
 
 def test_a_decode_that_reads_the_wrong_pages_fails(
@@ -48,6 +57,20 @@ def test_a_decode_that_reads_the_wrong_pages_fails(
     text = capsys.readouterr().out
     assert "FAIL hack4" in text
     assert "1 of 4 failed" in text
+
+
+def test_an_extend_that_reads_the_wrong_pages_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    original = extend_reference.extend
+
+    def shifted(q: torch.Tensor, pages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(q, pages.roll(1, 0), *args, **kwargs)
+
+    monkeypatch.setattr(extend_reference, "extend", shifted)
+    assert main(["check", "--formats", "hack4", "--head-dim", "64"]) == 1
+    assert "FAIL hack4" in capsys.readouterr().out
 
 
 def test_an_append_that_writes_other_bytes_fails(monkeypatch: pytest.MonkeyPatch) -> None:

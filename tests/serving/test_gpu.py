@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_oracle import oracle_logprobs
+from test_served_basis import offline
 
 PROMPT, NEW_TOKENS = 2150, 70
 RAGGED = (450, 333, 64, 120, 1000, 65, 63, 1)
@@ -52,11 +53,32 @@ def test_logprobs_are_those_of_the_format(
     found, wrong = (
         served - oracle_logprobs(model_path, sequence, fmt).logprobs for fmt in (name, other)
     )
+    print(f"{name}: mean {found.abs().mean():.3f}, other format {wrong.abs().mean():.3f}")
     assert found.abs().mean() < share * wrong.abs().mean()
     assert found.mean().abs() < 0.05
 
 
-@pytest.mark.parametrize("name", ["hack2", "bf16"])
+@pytest.mark.parametrize(("name", "other"), [("kvq4", "kvq2"), ("kvq2", "kvq4")])
+def test_logprobs_in_a_basis_of_its_own(
+    name: str,
+    other: str,
+    model_path: str,
+    text_ids: list[int],
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """As `test_logprobs_are_those_of_the_format`, against the offline reference of kvq."""
+    harness = start(start_scheduler, model_path, name, kv_quant_prefill="quantized")
+    prompt = text_ids[:PROMPT]
+    (result,) = harness.generate([prompt], NEW_TOKENS, input_logprobs=True)
+    served = torch.tensor(result.input_logprobs + result.output_logprobs)
+    sequence = prompt + result.output_ids
+    found, wrong = (served - offline(model_path, sequence, fmt, None) for fmt in (name, other))
+    print(f"{name}: mean {found.abs().mean():.3f}, other format {wrong.abs().mean():.3f}")
+    assert found.abs().mean() < 0.75 * wrong.abs().mean()
+    assert found.mean().abs() < 0.05
+
+
+@pytest.mark.parametrize("name", ["hack2", "kvq2", "bf16"])
 def test_graph_equals_eager_and_nothing_is_lost(
     name: str, model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
 ) -> None:

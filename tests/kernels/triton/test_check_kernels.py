@@ -1,15 +1,28 @@
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from sgl_kvq.commands.check import MAX_DECODE_ERROR
+import pytest
+from test_extend_kernel import TorchAttention
+
+from sgl_kvq.commands.check import MAX_ERROR
 from sgl_kvq.commands.kernel_errors import measure
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
+from sgl_kvq.kernels.extend import flashinfer_attention
 
 
 @pytest.mark.parametrize("name", ["kvq2", "hack2", "bf16"])
-def test_the_figures_of_the_check_command(name: str, device: str) -> None:
+def test_the_figures_of_the_check_command(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":  # FlashInfer needs a GPU
+
+        def in_torch(*args: Any) -> TorchAttention:
+            return TorchAttention(args[4])
+
+        monkeypatch.setattr(flashinfer_attention, "FlashInferAttention", in_torch)
     found = measure(PageLayout(get_format(name), 64, 2), device, use_kernels=True)
     assert found.wrong_bytes == 0
-    assert 0 < found.decode_error < MAX_DECODE_ERROR / 2
+    assert 0 < found.decode_error < MAX_ERROR / 2
+    assert 0 < found.extend_error < MAX_ERROR / 2
