@@ -9,13 +9,14 @@ import torch
 from sgl_kvq.attention.backend import KvqAttnBackend
 from sgl_kvq.attention.bases import RankBasis
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.errors import ConfigError
-from sgl_kvq.kernels.append.api import TouchedPages, append
+from sgl_kvq.errors import ConfigError, KvqError
+from sgl_kvq.kernels._page_spec import page_spec
+from sgl_kvq.kernels.append.api import PagedLayers, append, close_pages
 from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import ExtendBatch, upload_extend
-from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
+from sgl_kvq.kernels.extend.configs import fused_limits, prefill_head_dim, scratch_pages
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.plan import plan_extend
 from sgl_kvq.kernels.paged_cache import PageTable, SlotMaps
@@ -43,6 +44,11 @@ class GpuAttnBackend(KvqAttnBackend):
         self._reserve(self.req_to_token.shape[0])
         self.max_pages = scratch_pages(self.layout.num_kv_heads, self.layout.head_dim)
         self.extend_workspace = ExtendWorkspace(self.layout, self.max_pages, device)
+        self.fused_limits = fused_limits(
+            page_spec(self.layout),
+            layer.tp_q_head_num // self.layout.num_kv_heads,
+            torch.device(device),
+        )
         self.prefill = FlashInferAttention(
             layer.tp_q_head_num,
             self.layout.num_kv_heads,
@@ -51,7 +57,9 @@ class GpuAttnBackend(KvqAttnBackend):
             layer.scaling,
             device,
         )
-        self.decode_metadata: tuple[PageTable, TouchedPages] | None = None
+        self.paged_layers = PagedLayers(self.pool.layers)
+        self.decode_metadata: PageTable | None = None
+        self.num_decoded = 0  # layers of the step that is under way
         self.extend_metadata: ExtendBatch | None = None
 
     def _check_heads(self, layer: Any) -> None:
@@ -107,6 +115,7 @@ class GpuAttnBackend(KvqAttnBackend):
         self.refuse_mode(forward_batch)
         mode = forward_batch.forward_mode
         if mode.is_decode():
+            self.num_decoded = 0
             self.decode_metadata = self.tables.update(
                 forward_batch.seq_lens,
                 forward_batch.req_pool_indices,
@@ -122,6 +131,7 @@ class GpuAttnBackend(KvqAttnBackend):
             list(forward_batch.extend_seq_lens_cpu),
             self.config.quantized_prefill,
             self.max_pages,
+            self.fused_limits,
         )
         self.extend_workspace.reserve(plan.scratch_pages)
         self.prefill.plan(plan.passes)
@@ -132,13 +142,29 @@ class GpuAttnBackend(KvqAttnBackend):
     def attend_decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
     ) -> torch.Tensor:
-        """See `KvqAttnBackend`."""
+        """See `KvqAttnBackend`.
+
+        Attention stores the fresh rows; after the last layer, one launch quantizes the pages that
+        they filled, in all layers.
+
+        Raises:
+            KvqError: the last layer comes before another one, whose pages would never be quantized.
+        """
         q, k, v = (x.to(self.layout.row_dtype) for x in (q, k, v))
-        assert self.decode_metadata is not None
-        table, touched = self.decode_metadata
+        table = self.decode_metadata
+        assert table is not None
         cache = self.pool.layer(layer.layer_id)
-        append(cache, self.layout, k, v, touched, self.pool.num_contained)
-        out, _ = decode(q, cache, table, self.layout, layer.scaling, self.workspace)
+        out, _ = decode(q, cache, table, self.layout, layer.scaling, self.workspace, fresh=(k, v))
+        self.num_decoded += 1
+        if layer.layer_id == self.layers[-1].layer_id:
+            if self.num_decoded != len(self.layers):
+                raise KvqError(
+                    f"attention backend kvq: layer {layer.layer_id} came after {self.num_decoded} "
+                    f"of {len(self.layers)} layers, which is not supported; run this model "
+                    f"without --kv-quant"
+                )
+            self.num_decoded = 0
+            close_pages(self.paged_layers, self.layout, table, self.pool.num_contained)
         return out
 
     def attend_extend(
@@ -160,10 +186,12 @@ class GpuAttnBackend(KvqAttnBackend):
             self.layout,
             batch.passes,
             batch.fills,
+            batch.fused,
             batch.touched,
             prior_rows,
             self.prefill,
             self.extend_workspace,
+            layer.scaling,
         )
         return out
 

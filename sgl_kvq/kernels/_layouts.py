@@ -207,6 +207,33 @@ def channel_vector_layout(dim: int) -> Any:
 
 
 @constexpr_function
+def query_layout(dim: int, heads: int) -> Any:
+    """[heads, dim]: 8 contiguous channels a lane of heads g and g + 8."""
+    regs = [[0, 1], [0, 2], [0, 4], *([0, c] for c in _doublings(32, dim))]
+    regs += [[n, 0] for n in _doublings(8, heads)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(regs, lanes, [], [], [heads, dim])
+
+
+@constexpr_function
+def code_query_layout(spec: PageSpec, heads: int) -> Any:
+    """[heads, planes * key bytes]: the channels that a lane's key codes hold; see above."""
+    words, planes = key_words(spec), num_planes(spec.k)
+    per_lane = 8 if words == 16 else 16
+    regs = [[0, b] for b in _doublings(1, per_lane)]
+    regs += [[0, b] for b in _doublings(4 * per_lane, 2 * words * planes)]
+    regs += [[n, 0] for n in _doublings(8, heads)]
+    lanes = [[0, per_lane], [0, 2 * per_lane], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(regs, lanes, [], [], [heads, planes * 2 * words])
+
+
+@constexpr_function
+def fine_meta_layout() -> Any:
+    """[16] bfloat16: the scales of the four neighbouring fine bytes that a lane holds."""
+    return gl.DistributedLinearLayout([[1], [2]], [[4], [8], [0], [0], [0]], [], [], [16])
+
+
+@constexpr_function
 def row_layout(dim: int) -> Any:
     """[16 rows, dim] 16-bit: 8 contiguous channels a lane of rows g and g + 8."""
     regs = [[0, 1], [0, 2], [0, 4], *([0, c] for c in _doublings(32, dim)), [8, 0]]

@@ -209,15 +209,6 @@ def token_meta(meta, index: tl.constexpr):
 
 
 @jit
-def key_word_of(k, SPEC: tl.constexpr):
-    """Which word of a key row stands in column k of the key operand."""
-    if key_words(SPEC) == 16:
-        return ((k % 8) // 2) * 4 + (k // 8) * 2 + k % 2
-    else:
-        return channel_of(k)
-
-
-@jit
 def channel_of(k):
     """Which channel stands in column k of an operand loaded with `channel_vector_layout`."""
     return (k // 32) * 32 + ((k % 8) // 2) * 8 + ((k // 16) % 2) * 4 + ((k // 8) % 2) * 2 + k % 2
@@ -302,30 +293,43 @@ def _log2(n: int) -> int:
 
 
 @jit
-def split_key_scales(scales, SPEC: tl.constexpr):
-    """Loaded channel scales as a tuple of [words] vectors; see `key_scale`."""
+def split_key_channels(x, HEADS: tl.constexpr, SPEC: tl.constexpr):
+    """[HEADS, planes * key bytes] by channel as a tuple of [words, HEADS]; see `key_part`."""
     PLANES: tl.constexpr = num_planes(SPEC.k)
     WORDS: tl.constexpr = key_words(SPEC)
-    # [plane, (tile pairs), t, (tile), e, x, half] -> [words in operand order, plane, half]
+    # [heads, plane, (tile pairs), t, (tile), e, x, half] -> [words in operand order, heads, ...]
     if WORDS == 16:
-        scales = gl.permute(gl.reshape(scales, [PLANES, 4, 2, 2, 2]), [2, 1, 3, 0, 4])
+        x = gl.permute(gl.reshape(x, [HEADS, PLANES, 4, 2, 2, 2]), [3, 2, 4, 0, 1, 5])
     else:
-        scales = gl.reshape(scales, [PLANES, WORDS // 32, 4, 2, 2, 2, 2])
-        scales = gl.permute(scales, [1, 3, 4, 2, 5, 0, 6])
+        x = gl.reshape(x, [HEADS, PLANES, WORDS // 32, 4, 2, 2, 2, 2])
+        x = gl.permute(x, [2, 4, 5, 3, 6, 0, 1, 7])
     if PLANES == 4:
-        scales = gl.reshape(scales, [WORDS, 2, 2, 2])
+        x = gl.reshape(x, [WORDS, HEADS, 2, 2, 2])
     elif PLANES == 2:
-        scales = gl.reshape(scales, [WORDS, 2, 2])
+        x = gl.reshape(x, [WORDS, HEADS, 2, 2])
     else:
-        scales = gl.reshape(scales, [WORDS, 2])
-    return split_last(scales, _log2(PLANES) + 1)
+        x = gl.reshape(x, [WORDS, HEADS, 2])
+    return split_last(x, _log2(PLANES) + 1)
 
 
 @jit
-def key_scale(scales, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
+def key_part(parts, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
+    """[words, HEADS] of one byte half and plane, out of `split_key_channels`."""
+    return parts[_key_part(num_planes(SPEC.k), half, plane)]
+
+
+@jit
+def key_scale(parts, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
     """float16 [words, 1]: scales of one byte half and plane, in the right operand's layout."""
-    part = scales[_key_part(num_planes(SPEC.k), half, plane)]
+    part = gl.reshape(key_part(parts, half, plane, SPEC), [key_words(SPEC)])
     return gl.convert_layout(part, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
+
+
+@jit
+def fine_scale_operand(vector):
+    """[16] by fine byte as rows of the right operand that meets `fine_tile`: [16, 1]."""
+    vector = gl.reshape(gl.permute(gl.reshape(vector, [4, 2, 2]), [2, 0, 1]), [16])
+    return gl.convert_layout(vector, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
 
 
 @jit

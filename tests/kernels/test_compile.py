@@ -15,9 +15,12 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels._page_spec import PageSpec, page_spec
 from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
-from sgl_kvq.kernels.append.kernel import _append_fwd_kernel
+from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
+from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_launch
+from sgl_kvq.kernels.extend.fused import _fused_fwd_kernel
+from sgl_kvq.kernels.extend.fused import _merge_fwd_kernel as _merge_prefixes_kernel
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
 from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
 
@@ -34,7 +37,7 @@ POINTERS = {
     **dict.fromkeys(("seq_lens_ptr", "rows_ptr"), "*i64"),
     **dict.fromkeys(("open_slot_of_ptr", "sink_slot_of_ptr"), "*i64"),
     "pages_ptr": "*u8",
-    "num_contained_ptr": "*i64",
+    **dict.fromkeys(("num_contained_ptr", "displacements_ptr"), "*i64"),
     "sm_scale_log2": "fp32",
 }
 
@@ -77,7 +80,8 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
     ],
 )
 def test_decode(arch: int, name: str, head_dim: int) -> None:
-    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "TAIL": 9, "PDL": arch >= 90}
+    constants = {"SINKS": 4, "HEADS": 8, "GQA": 4, "STAGES": 2, "TAIL": 13, "PDL": arch >= 90}
+    constants["FRESH"] = True
     constants["SPEC"] = spec_of(name, head_dim)
     compiled = compile_for(_decode_fwd_kernel, arch, constants, num_warps=1, maxnreg=248)
     ptx = compiled.asm["ptx"]
@@ -90,17 +94,20 @@ def test_decode(arch: int, name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_merge(arch: int) -> None:
-    constants = {"GQA": 4, "HEAD_DIM": 80, "KV_HEADS": 8, "TAIL": 9, "BLOCK_D": 128, "BLOCK_S": 32}
+    constants = {"GQA": 4, "HEAD_DIM": 80, "KV_HEADS": 8, "TAIL": 13, "BLOCK_D": 128, "BLOCK_S": 32}
     assert compile_for(_decode_merge_kernel, arch, {**constants, "PDL": arch >= 90}, num_warps=4)
 
 
 @pytest.mark.parametrize(
     ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "kvq2", 128)]
 )
-def test_append(arch: int, name: str, head_dim: int) -> None:
-    constants = {"SINKS": 4, "KEEP": True, "SPEC": spec_of(name, head_dim)}
-    compiled = compile_for(_append_fwd_kernel, arch, constants, num_warps=8, enable_fp_fusion=False)
-    assert "div.rn.f32" in compiled.asm["ptx"]  # codes equal the reference's to the bit
+def test_append_and_close(arch: int, name: str, head_dim: int) -> None:
+    constants = {"SINKS": 4, "SPEC": spec_of(name, head_dim)}
+    for kernel in (_append_fwd_kernel, _close_fwd_kernel):
+        compiled = compile_for(kernel, arch, constants, num_warps=8, enable_fp_fusion=False)
+        # Codes equal the reference's to the bit.
+        assert "div.rn.f32" in compiled.asm["ptx"]
+        assert "fma.rn.f32" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -115,6 +122,22 @@ def test_rotation(arch: int) -> None:
 def test_fill(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}
     assert compile_for(_fill_fwd_kernel, arch, constants, num_warps=4, enable_fp_fusion=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "head_dim"),
+    [(80, "hack2", 128), (89, "kvq4", 64), (90, "hack2", 128), (90, "hack4", 128)],
+)
+def test_fused_extend(arch: int, name: str, head_dim: int) -> None:
+    constants = {"GQA": 4, "BLOCK_M": FUSED_BLOCK_ROWS, "SPEC": spec_of(name, head_dim)}
+    launch = fused_launch()
+    stages = launch.pop("STAGES")
+    compiled = compile_for(
+        _fused_fwd_kernel, arch, {**constants, "SINKS": 4, "STAGES": stages}, **launch
+    )
+    assert ("wgmma" in compiled.asm["ptx"]) == (arch == 90)
+    assert "fma.rn.bf16x2" in compiled.asm["ptx"]
+    assert compile_for(_merge_prefixes_kernel, arch, {**constants, "BLOCK_R": 4}, num_warps=4)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

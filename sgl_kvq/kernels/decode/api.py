@@ -9,7 +9,7 @@ import torch
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels._rotation import rotate_rows
-from sgl_kvq.kernels.decode.configs import decode_config, tail_units
+from sgl_kvq.kernels.decode.configs import decode_config, merge_config, tail_units
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
@@ -64,6 +64,7 @@ def decode(
     workspace: DecodeWorkspace,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query a request over its whole cached sequence.
 
@@ -72,13 +73,16 @@ def decode(
 
     Args:
         q: [batch, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, last dim contiguous.
-        cache: The layer's storage; the newest row is already in its open slot.
+        cache: The layer's storage. The newest row is already in its open slot, unless it is fresh.
         table: Pages of each request, at least one.
         layout: Of the pages.
         sm_scale: Factor on the scores.
         workspace: For at least this batch.
         out: Like q, contiguous, written; None: a new one.
         lse: float32 [batch, num_qo_heads], written; None: a new one.
+        fresh: (k, v), each [batch, num_kv_heads, head_dim] of `layout.row_dtype` after RoPE,
+            channels contiguous: the newest row of each request, which this call stores in the open
+            slot. It spares a launch before attention.
 
     Returns:
         (out, lse), lse in log base 2 as FlashInfer's.
@@ -89,11 +93,13 @@ def decode(
     Source: split-KV as in Flash-Decoding; scaling the query by the key scales as in KIVI and HACK.
     """
     batch, num_qo_heads, head_dim = q.shape
-    if batch > workspace.max_batch or q.dtype != layout.row_dtype or q.stride(2) != 1:
-        raise ValueError(
-            f"q: expected at most {workspace.max_batch} rows of {layout.row_dtype} with "
-            f"contiguous channels, got {batch} of {q.dtype} with stride {q.stride(2)}"
-        )
+    k, v = (q, q) if fresh is None else fresh
+    for name, rows in (("q", q), ("k", k), ("v", v)):
+        if len(rows) > workspace.max_batch or rows.dtype != layout.row_dtype or rows.stride(2) != 1:
+            raise ValueError(
+                f"{name}: expected at most {workspace.max_batch} rows of {layout.row_dtype} with "
+                f"contiguous channels, got {len(rows)} of {rows.dtype} with stride {rows.stride(2)}"
+            )
     spec = page_spec(layout)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if lse is None:
@@ -102,17 +108,19 @@ def decode(
     gqa, tail = workspace.gqa_group, tail_units(cache.sink_tokens)
     _decode_fwd_kernel[(workspace.num_programs,)](
         q, q_codes, q.stride(0), q.stride(1), q_codes.stride(0), q_codes.stride(1),
+        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cache.pages, cache.open_rows, cache.sink_rows,
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
         table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
-        SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
+        FRESH=fresh is not None, SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
         STAGES=workspace.num_stages, TAIL=tail, PDL=workspace.use_pdl, SPEC=spec,
-        num_warps=1, maxnreg=MAX_REGISTERS,
+        num_warps=1, maxnreg=MAX_REGISTERS, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
+    merging = merge_config(workspace.num_programs, batch * layout.num_kv_heads)
     _decode_merge_kernel[(batch, num_qo_heads)](
         workspace.out, workspace.stats, table.kv_indptr, out, lse, batch, workspace.num_programs,
         GQA=gqa, HEAD_DIM=head_dim, KV_HEADS=layout.num_kv_heads, TAIL=tail,
-        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_S=32, PDL=workspace.use_pdl,
-        num_warps=4, launch_pdl=workspace.use_pdl,
+        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_S=merging.block_slots,
+        PDL=workspace.use_pdl, num_warps=merging.num_warps, launch_pdl=workspace.use_pdl,
     )  # fmt: skip
     return out, lse

@@ -51,7 +51,9 @@ from sgl_kvq.kernels.decode.pages import (
 )
 from sgl_kvq.kernels.decode.rows import (
     attend_rows,
+    load_fresh_row,
     prefetch_rows,
+    store_fresh_row,
 )
 
 CHUNK: tl.constexpr = tl.constexpr(ROWS_PER_UNIT)
@@ -100,14 +102,20 @@ def store_partial(
 
 
 @jit
+def _grid_control(ASM: tl.constexpr):
+    """Run an instruction of programmatic dependent launch, as an operation that returns 0."""
+    return gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
 def attend_segment(
     first_unit, end_unit, request, head, num_closed,
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
-    pages_ptr, open_rows_ptr, sink_rows_ptr,
+    fresh_k_ptr, fresh_v_ptr, pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indices_ptr, first_page_index, last_page_len, open_slot, sink_slot,
     out_ptr, stat_ptr, slot, sm_scale_log2, buffers,
-    SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    SPEC: tl.constexpr,
+    FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one (request, KV head)."""
     COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
@@ -119,14 +127,33 @@ def attend_segment(
         here, coming = start_pages(
             first_unit, end_page, indices_ptr, page_ptr, buffers, STAGES, SPEC
         )
+    if PDL:
+        # Closed pages and tables are older than the kernel before this one; all else may be its
+        # work. Addresses depend on the wait, so that no load is moved ahead of it; times 16, so
+        # that the compiler still knows their alignment.
+        waited = 16 * _grid_control("griddepcontrol.wait; mov.b32 $0, 0;")
+        q_ptr += waited
+        q_codes_ptr += waited
+        fresh_k_ptr += waited
+        fresh_v_ptr += waited
+        open_rows_ptr += waited
+        sink_rows_ptr += waited
     q_ptr += request.to(gl.int64) * stride_q_b + head * GQA * stride_q_h
     q_codes_ptr += request.to(gl.int64) * stride_qc_b + head * GQA * stride_qc_h
+    if FRESH:
+        # Stored by the program whose piece has the unit with this row, once the queries are here.
+        newest = num_closed + (last_page_len - 1) // CHUNK
+        stores = (first_unit <= newest) & (newest < end_unit)
+        k_row, v_row = load_fresh_row(fresh_k_ptr, fresh_v_ptr, stores, SPEC)
     q_rows = row_queries(q_ptr, stride_q_h, HEADS, GQA, SPEC)
     ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
     open_ptr = open_rows_ptr + open_slot.to(gl.int64) * (2 * PAGE * ROW) + head * SPEC.head_dim
     sink_ptr = sink_rows_ptr + sink_slot.to(gl.int64) * (2 * SINKS * ROW) + head * SPEC.head_dim
     if end_unit > num_closed:
         prefetch_rows(open_ptr, last_page_len, SPEC)
+    if FRESH:
+        store_fresh_row(open_ptr + (last_page_len - 1) * ROW, k_row, v_row, stores, SPEC)
+        gl.thread_barrier()  # other lanes read it below
     m_run = gl.full([HEADS], LOWEST, gl.float32, COLS)
     lane_sum = gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS))
     offsets = ()
@@ -149,7 +176,9 @@ def attend_segment(
                     masked, 16, q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
                 )  # fmt: skip
     else:
-        q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
+        q = q_rows
+        if SPEC.k.rotation > 1:
+            q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
         norm = power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
         q_codes = code_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
         q_fine = fine_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
@@ -194,28 +223,23 @@ def _request_of_unit(kv_indptr_ptr, batch, unit, TAIL: tl.constexpr, SPEC: tl.co
 @jit(do_not_specialize=("batch",), do_not_specialize_on_alignment=PAGE_TABLE)
 def _decode_fwd_kernel(
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
+    k_ptr, v_ptr, stride_k_b, stride_k_h, stride_v_b, stride_v_h,
     pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
     out_ptr, stat_ptr, batch, sm_scale_log2,
-    SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, STAGES: tl.constexpr,
-    TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
+    FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
+    STAGES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Attend to one piece of the line of units; see the module's docstring.
 
     out = sum_t p_t v_t with p_t = 2^(q . k_t * sm_scale_log2 - shift), unnormalized, for each
-    (request, head) of the piece; stat = (shift, sum_t p_t).
+    (request, head) of the piece; stat = (shift, sum_t p_t). With FRESH the newest row of a request
+    comes from k and v and is stored in the open slot.
     """
     KV_HEADS: tl.constexpr = SPEC.num_kv_heads
     if PDL:
         # The merge may be launched and wait on the device, while this grid still runs.
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        _grid_control("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     program = gl.program_id(0)
     total = first_unit_of(gl.load(kv_indptr_ptr + batch), batch, TAIL, KV_HEADS)
     programs = gl.minimum(gl.num_programs(0).to(gl.int64), total)
@@ -238,11 +262,13 @@ def _decode_fwd_kernel(
             attend_segment(
                 first, last, request, head, num_closed,
                 q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
+                k_ptr + request.to(gl.int64) * stride_k_b + head * stride_k_h,
+                v_ptr + request.to(gl.int64) * stride_v_b + head * stride_v_h,
                 pages_ptr, open_rows_ptr, sink_rows_ptr,
                 kv_indices_ptr, first_page, gl.load(kv_last_page_len_ptr + request),
                 gl.load(open_slots_ptr + request), gl.load(sink_slots_ptr + request),
                 out_ptr, stat_ptr, program + request * KV_HEADS + head, sm_scale_log2, buffers,
-                SINKS, HEADS, GQA, STAGES, SPEC,
+                FRESH, SINKS, HEADS, GQA, STAGES, PDL, SPEC,
             )  # fmt: skip
             unit += last - first
             if head == KV_HEADS - 1 and last == length:

@@ -12,6 +12,7 @@ from sgl_kvq.kernels._gluon import (
 from sgl_kvq.kernels._layouts import (
     FINE_PLANES,
     b_layout,
+    code_query_layout,
     fine_scale,
     key_words,
     lane_sum_layout,
@@ -22,10 +23,13 @@ from sgl_kvq.kernels._layouts import (
     padded_dim,
     plane_scale,
     plane_width,
+    query_layout,
 )
 from sgl_kvq.kernels._tiles import (
     channel_of,
-    key_word_of,
+    columns_in_order,
+    key_part,
+    split_key_channels,
 )
 
 # Probabilities are scaled by up to 2^14 to use the range of float16, whose largest number is 65504.
@@ -40,18 +44,16 @@ def power_of_2_above(x):
 
 
 @jit
-def _load_q(q_ptr, stride_h, channels, valid, heads, GQA: tl.constexpr):
-    """Query channels [k, heads] of a KV head, 0 outside."""
-    ptrs = q_ptr + heads[None, :] * stride_h + channels[:, None]
-    return gl.load(ptrs, mask=valid[:, None] & (heads < GQA)[None, :], other=0.0)
-
-
-@jit
 def row_queries(q_ptr, stride_h, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr):
     """Right operand [padded_dim, heads] for 16-bit rows."""
-    channels = channel_of(gl.arange(0, padded_dim(SPEC), gl.SliceLayout(1, b_layout())))
-    heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
-    return _load_q(q_ptr, stride_h, channels, channels < SPEC.head_dim, heads, GQA)
+    DIM: tl.constexpr = padded_dim(SPEC)
+    LAYOUT: tl.constexpr = query_layout(DIM, HEADS)
+    heads = gl.arange(0, HEADS, gl.SliceLayout(1, LAYOUT))
+    channels = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    mask = (heads < GQA)[:, None] & (channels < SPEC.head_dim)[None, :]
+    q = gl.load(q_ptr + heads[:, None] * stride_h + channels[None, :], mask=mask, other=0.0)
+    q = gl.permute(columns_in_order(q, HEADS, DIM), [1, 0])
+    return gl.convert_layout(q, b_layout(), assert_trivial=True)
 
 
 @jit
@@ -60,20 +62,29 @@ def code_queries(
 ):
     """Right operands for key codes by group, byte half, plane: float16 q / norm * plane_scale."""
     WIDTH: tl.constexpr = plane_width(SPEC, SPEC.k)
-    k = gl.arange(0, key_words(SPEC), gl.SliceLayout(1, b_layout()))
-    heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
+    BYTES: tl.constexpr = 2 * key_words(SPEC)
+    LAYOUT: tl.constexpr = code_query_layout(SPEC, HEADS)
+    heads = gl.arange(0, HEADS, gl.SliceLayout(1, LAYOUT))
+    place = gl.arange(0, num_planes(SPEC.k) * BYTES, gl.SliceLayout(0, LAYOUT))
+    if WIDTH == BYTES:
+        channels = place
+    else:
+        channels = place // BYTES * WIDTH + place % BYTES
+    mask = (heads < GQA)[:, None] & (place % BYTES < WIDTH)[None, :]
+    q = gl.load(q_ptr + heads[:, None] * stride_h + channels[None, :], mask=mask, other=0.0)
+    factor = gl.convert_layout(inverse_norm, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    q = q.to(gl.float32) * factor[:, None]
     operands = ()
     for group in tl.static_range(num_groups(SPEC, SPEC.k)):
+        own = q
+        if not SPEC.k.per_channel:
+            own = gl.where((channels // SPEC.k.group_channels == group)[None, :], q, 0.0)
+        parts = split_key_channels(own, HEADS, SPEC)
         for half in tl.static_range(2):
             for plane in tl.static_range(num_planes(SPEC.k)):
-                byte = 2 * key_word_of(k, SPEC) + half
-                channel = plane * WIDTH + byte
-                valid = byte < WIDTH
-                if not SPEC.k.per_channel:
-                    valid = valid & (channel // SPEC.k.group_channels == group)
-                q = _load_q(q_ptr, stride_h, channel, valid, heads, GQA).to(gl.float32)
-                q = q * (inverse_norm[None, :] * plane_scale(SPEC.k, plane))
-                operands = operands + (q.to(gl.float16),)
+                part = key_part(parts, half, plane, SPEC) * plane_scale(SPEC.k, plane)
+                part = gl.convert_layout(part.to(gl.float16), b_layout(), assert_trivial=True)
+                operands = operands + (part,)
     return operands
 
 
@@ -95,7 +106,9 @@ def fine_queries(
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
         for plane in tl.static_range(FINE_PLANES):
             channel, valid = fine_channel(part, plane, SPEC)
-            q = _load_q(q_ptr, stride_h, channel, valid, heads, GQA).to(gl.float32)
+            ptrs = q_ptr + heads[None, :] * stride_h + channel[:, None]
+            mask = valid[:, None] & (heads < GQA)[None, :]
+            q = gl.load(ptrs, mask=mask, other=0.0).to(gl.float32)
             q = q * (inverse_norm[None, :] * fine_scale(plane))
             operands = operands + (q.to(gl.float16),)
     return operands

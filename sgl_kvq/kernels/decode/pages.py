@@ -18,6 +18,7 @@ from sgl_kvq.kernels._layouts import (
     b_layout,
     channel_meta_layout,
     channel_vector_layout,
+    fine_meta_layout,
     is_inside,
     key_code_layout,
     mma_layout,
@@ -35,12 +36,13 @@ from sgl_kvq.kernels._tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,
+    fine_scale_operand,
     fine_tile,
     first_block,
     key_operand,
     key_scale,
     mask_field,
-    split_key_scales,
+    split_key_channels,
     start_page,
     sum_in_lane,
     token_meta,
@@ -52,28 +54,47 @@ from sgl_kvq.kernels._tiles import (
 )
 from sgl_kvq.kernels.decode.operands import (
     HEADROOM,
-    fine_channel,
     rescale,
 )
 
 
 @jit
-def _add_fine(s, head_ptr, q_fine, SPEC: tl.constexpr):
-    """Add what the further bits of boosted key channels contribute."""
+def _fetch_fine(head_ptr, SPEC: tl.constexpr):
+    """Load the further bits of boosted key channels and their scales into registers.
+
+    They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
+
+    Returns:
+        By 16 bytes: the bits as left operand, then the scales [16] by plane. Empty without any.
+    """
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
+    byte = gl.arange(0, 16, fine_meta_layout())
+    fetched = ()
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        fine = fine_tile(head_ptr + SPEC.k.fine, part, SPEC)
+        fetched = fetched + (fine_tile(head_ptr + SPEC.k.fine, part, SPEC),)
+        valid = part * 16 + byte < SPEC.k.fine_bytes
         for plane in tl.static_range(FINE_PLANES):
-            channel, valid = fine_channel(part, plane, SPEC)
-            scale = gl.load(meta_ptr + channel, mask=valid, other=0.0).to(gl.float16)
-            q = q_fine[part * FINE_PLANES + plane] * scale[:, None]
-            s = mma_v2(mask_field(fine, FINE_BITS, plane), q, s)
+            ptrs = meta_ptr + plane * SPEC.k.fine_bytes + part * 16 + byte
+            fetched = fetched + (gl.load(ptrs, mask=valid, other=0.0),)
+    return fetched
+
+
+@jit
+def _add_fine(s, fine, q_fine, SPEC: tl.constexpr):
+    """Add what the further bits of boosted key channels contribute."""
+    for part in tl.static_range(num_fine_tiles(SPEC.k)):
+        bits = fine[part * (1 + FINE_PLANES)]
+        for plane in tl.static_range(FINE_PLANES):
+            scales = fine_scale_operand(fine[part * (1 + FINE_PLANES) + 1 + plane].to(gl.float16))
+            s = mma_v2(
+                mask_field(bits, FINE_BITS, plane), q_fine[part * FINE_PLANES + plane] * scales, s
+            )
     return s
 
 
 @jit
 def _score_page(
-    buffers, stage, head_ptr, q_codes, q_fine, q_mins, unit, sm_scale_log2,
+    buffers, stage, fine, q_codes, q_fine, q_mins, unit, sm_scale_log2,
     HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Scores [64 MMA rows, heads] of a page in the log2 domain."""
@@ -83,7 +104,7 @@ def _score_page(
     if SPEC.k.per_channel:
         # float16 holds them: rows are at most LARGEST_MAGNITUDE in size when they are quantized.
         scales = widen(scales.load(channel_meta_layout(SPEC))).to(gl.float16)
-        parts = split_key_scales(scales, SPEC)
+        parts = split_key_channels(scales, 1, SPEC)
         s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
         for half in tl.static_range(2):
             for plane in tl.static_range(num_planes(SPEC.k)):
@@ -91,7 +112,7 @@ def _score_page(
                 field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
                 s = mma_v2(field, q, s)
         if SPEC.k.fine_bytes > 0:
-            s = _add_fine(s, head_ptr, q_fine, SPEC)
+            s = _add_fine(s, fine, q_fine, SPEC)
         offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
         mins = buffers[2].index(stage).load(channel_vector_layout(padded_dim(SPEC)))
         rows = channel_operand(mins, SPEC)
@@ -210,13 +231,11 @@ def _attend_channel_values(
 
 @jit
 def _attend_page(
-    buffers, stage, head_ptr, num_masked, q_codes, q_fine, q_mins, unit, sm_scale_log2,
+    buffers, stage, head_ptr, fine, num_masked, q_codes, q_fine, q_mins, unit, sm_scale_log2,
     m_run, lane_sum, offsets, acc, HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add a staged page; its first `num_masked` tokens are read elsewhere."""
-    s = _score_page(
-        buffers, stage, head_ptr, q_codes, q_fine, q_mins, unit, sm_scale_log2, HEADS, SPEC
-    )
+    s = _score_page(buffers, stage, fine, q_codes, q_fine, q_mins, unit, sm_scale_log2, HEADS, SPEC)
     if num_masked > 0:
         token = token_of_row(gl.arange(0, PAGE, gl.SliceLayout(1, mma_layout())))
         s = gl.where((token >= num_masked)[:, None], s, float("-inf"))
@@ -261,19 +280,26 @@ def attend_pages(
     """
     stage = 0
     free = STAGES - 1
+    fine = _fetch_fine(page_ptr + here * SPEC.page_bytes, SPEC)
     for index in range(first, end):
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
         wanted = index + STAGES - 1 < end
         start_page(buffers, free, page_ptr + coming * SPEC.page_bytes, wanted, SPEC)
         coming = gl.load(indices_ptr + gl.minimum(index + STAGES, end)).to(gl.int64)
+        next_fine = fine
+        following = here
+        if SPEC.v.per_channel or SPEC.k.fine_bytes > 0:
+            following = gl.load(indices_ptr + gl.minimum(index + 1, end)).to(gl.int64)
+            next_fine = _fetch_fine(page_ptr + following * SPEC.page_bytes, SPEC)
         masked = SINKS if index == 0 else 0
         m_run, lane_sum, offsets, acc = _attend_page(
-            buffers, stage, page_ptr + here * SPEC.page_bytes, masked, q_codes, q_fine, q_mins,
-            unit, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
+            buffers, stage, page_ptr + here * SPEC.page_bytes, fine, masked,
+            q_codes, q_fine, q_mins, unit, sm_scale_log2,
+            m_run, lane_sum, offsets, acc, HEADS, SPEC,
         )  # fmt: skip
-        if SPEC.v.per_channel or SPEC.k.fine_bytes > 0:
-            here = gl.load(indices_ptr + gl.minimum(index + 1, end)).to(gl.int64)
+        here = following
+        fine = next_fine
         free = stage
         stage = stage + 1 if stage + 1 < STAGES else 0
     return m_run, lane_sum, offsets, acc

@@ -57,6 +57,23 @@ def prefetch_rows(rows_ptr, num_rows, SPEC: tl.constexpr):
 
 
 @jit
+def load_fresh_row(k_ptr, v_ptr, wanted, SPEC: tl.constexpr):
+    """One head's newest row, K and V [padded_dim] each, if it is wanted."""
+    channels = gl.arange(0, padded_dim(SPEC), gl.BlockedLayout([4], [32], [1], [0]))
+    mask = (channels < SPEC.head_dim) & wanted
+    return gl.load(k_ptr + channels, mask=mask), gl.load(v_ptr + channels, mask=mask)
+
+
+@jit
+def store_fresh_row(row_ptr, k, v, wanted, SPEC: tl.constexpr):
+    """Put what `load_fresh_row` returned into the open slot, where K's row begins at row_ptr."""
+    channels = gl.arange(0, padded_dim(SPEC), gl.BlockedLayout([4], [32], [1], [0]))
+    mask = (channels < SPEC.head_dim) & wanted
+    gl.store(row_ptr + channels, k, mask=mask)
+    gl.store(row_ptr + PAGE * SPEC.num_kv_heads * SPEC.head_dim + channels, v, mask=mask)
+
+
+@jit
 def _load_value_rows(v_ptr, stride, first, end, SPEC: tl.constexpr):
     """Rows first to end - 1 of 16 rows of V, by plane, as left operands [value_rows, 16]."""
     WIDTH: tl.constexpr = plane_width(SPEC, SPEC.v)

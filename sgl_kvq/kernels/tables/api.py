@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.paged_cache import PageTable, SlotMaps
 from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
 
 
 class DecodeTables:
-    """Buffers for the page table and the appended rows of a decode step.
+    """Buffers for the page table of a decode step.
 
     They keep their addresses, so that a CUDA graph that was captured with them reads what `update`
     wrote last.
@@ -22,7 +21,7 @@ class DecodeTables:
     """
 
     def __init__(self, max_batch: int, max_pages: int, device: torch.device | str) -> None:
-        self._fields = torch.zeros((7, max_batch), dtype=torch.int32, device=device)
+        self._fields = torch.zeros((3, max_batch), dtype=torch.int32, device=device)
         self._indptr = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self._indices = torch.zeros(max_pages, dtype=torch.int32, device=device)
 
@@ -32,8 +31,8 @@ class DecodeTables:
         req_pool_indices: torch.Tensor,
         req_to_token: torch.Tensor,
         slots: SlotMaps,
-    ) -> tuple[PageTable, TouchedPages]:
-        """Write the tables of a batch.
+    ) -> PageTable:
+        """Write the table of a batch.
 
         Args:
             seq_lens: int [batch], tokens of each request, the new one included. A padding row has
@@ -43,7 +42,7 @@ class DecodeTables:
             slots: Which page has which slot.
 
         Returns:
-            (page table, appended rows): views of the buffers.
+            Views of the buffers.
         """
         batch = len(seq_lens)
         fields = self._fields
@@ -52,7 +51,6 @@ class DecodeTables:
             slots.open_slot_of, slots.sink_slot_of, batch, fields, fields.stride(0),
             self._indptr, self._indices, num_warps=4,
         )  # fmt: skip
-        page, open_slot, sink_slot, first, end, start, is_first = fields[:, :batch]
-        table = PageTable(self._indptr[: batch + 1], self._indices, end, open_slot, sink_slot)
-        touched = TouchedPages(page, open_slot, sink_slot, open_slot, first, end, start, is_first)
-        return table, touched
+        last_page_len, open_slots, sink_slots = fields[:, :batch]
+        indptr = self._indptr[: batch + 1]
+        return PageTable(indptr, self._indices, last_page_len, open_slots, sink_slots)

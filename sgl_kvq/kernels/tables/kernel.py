@@ -18,7 +18,7 @@ def _tables_fwd_kernel(
     seq_lens_ptr, rows_ptr, req_to_token_ptr, stride_r,
     open_slot_of_ptr, sink_slot_of_ptr, batch, fields_ptr, stride_f, kv_indptr_ptr, kv_indices_ptr,
 ):  # fmt: skip
-    """One program a request: its place in the table, its pages, and the row it appends."""
+    """One program a request: its place in the table, its pages, and its slots."""
     request = tl.program_id(0)
     begin = tl.zeros([], tl.int32)
     for start in range(0, batch, BLOCK):
@@ -37,15 +37,8 @@ def _tables_fwd_kernel(
         page = tl.load(row_ptr + index * PAGE, mask=mask, other=0) // PAGE
         tl.store(kv_indices_ptr + begin + index, page, mask=mask)
     first_page = tl.load(row_ptr) // PAGE
-    out_page = tl.load(row_ptr + seq_len - 1) // PAGE
-    open_slot = tl.load(open_slot_of_ptr + out_page).to(tl.int32)
-    sink_slot = tl.load(sink_slot_of_ptr + first_page).to(tl.int32)
-    offset = (seq_len - 1) % PAGE
+    last_page = tl.load(row_ptr + seq_len - 1) // PAGE
     field_ptr = fields_ptr + request
-    tl.store(field_ptr, out_page)
-    tl.store(field_ptr + stride_f, open_slot)
-    tl.store(field_ptr + 2 * stride_f, sink_slot)
-    tl.store(field_ptr + 3 * stride_f, offset)
-    tl.store(field_ptr + 4 * stride_f, offset + 1)
-    tl.store(field_ptr + 5 * stride_f, request)
-    tl.store(field_ptr + 6 * stride_f, (seq_len <= PAGE).to(tl.int32))
+    tl.store(field_ptr, (seq_len - 1) % PAGE + 1)
+    tl.store(field_ptr + stride_f, tl.load(open_slot_of_ptr + last_page).to(tl.int32))
+    tl.store(field_ptr + 2 * stride_f, tl.load(sink_slot_of_ptr + first_page).to(tl.int32))

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import random_rows
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels._rotation import rotate_rows
-from sgl_kvq.kernels.append.api import TouchedPages, append
+from sgl_kvq.kernels.append import api
+from sgl_kvq.kernels.append.api import PagedLayers, TouchedPages, append, close_pages
+from sgl_kvq.kernels.append.quantize import divisors, quotient
 from sgl_kvq.kernels.append.reference import contain_non_finite, encode_pages
 from sgl_kvq.kernels.hadamard import rotate
-from sgl_kvq.kernels.paged_cache import PagedCache
+from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
 SINKS = 4
 HEADS = 2
@@ -106,32 +112,93 @@ def test_bad_elements_are_contained_and_counted(device: str) -> None:
     assert cache.sink_rows[2].isfinite().all()
 
 
-def test_decode_keeps_the_rows_of_a_page_that_fills(device: str) -> None:
-    layout = PageLayout(get_format("hack4"), 64, HEADS)
-    generator = torch.Generator().manual_seed(2)
-    cache = empty_cache(layout, device)
-    rows = random_rows((2, PAGE_SIZE, HEADS, 64), generator).to(device)
-    cache.open_rows[2] = rows
-    cache.open_rows[2, :, 63] = torch.nan  # an earlier owner's
-    k, v = rows[0, 63:].clone(), rows[1, 63:].clone()
-    touched = TouchedPages(
-        pages=ints(device, 4, 5),
-        slots=ints(device, 2, 1),
-        sink_slots=ints(device, 0, 0),
-        prior=ints(device, 2, 1),
-        first=ints(device, 63, 7),
-        end=ints(device, 64, 8),
-        start=ints(device, 0, 0),
-        is_first=ints(device, 0, 0),
+FULL_SLOTS = {1: 2, 3: 4}  # request: its open slot
+
+
+def decode_table(device: str) -> PageTable:
+    """Of four requests, 1 fills its third page (5) and 3 its first (2); 0 is a padding row."""
+    return PageTable(
+        kv_indptr=ints(device, 0, 1, 4, 5, 6),
+        kv_indices=ints(device, 0, 1, 3, 5, 4, 2),
+        kv_last_page_len=ints(device, 1, 64, 63, 64),
+        open_slots=ints(device, 0, FULL_SLOTS[1], 1, FULL_SLOTS[3]),
+        sink_slots=ints(device, 0, 1, 2, 3),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "num_layers"),
+    [*((name, 64, 2) for name in format_names()), ("kvq2", 128, 1), ("hack4", 256, 1)]
+    + [(name, head_dim, 3) for name in ("hack2", "saw4") for head_dim in (80, 96)],
+)
+def test_full_pages_close_in_every_layer(
+    name: str, head_dim: int, num_layers: int, device: str
+) -> None:
+    layout = PageLayout(get_format(name), head_dim, HEADS)
+    generator = torch.Generator().manual_seed(head_dim)
+    caches = []
+    for _ in range(num_layers):
+        caches.append(empty_cache(layout, device))
+        caches[-1].open_rows.copy_(random_rows(caches[-1].open_rows.shape, generator))
+        caches[-1].open_rows[[0, 1, 3]] = torch.nan  # nobody may look at these
+        caches[-1].sink_rows.fill_(torch.nan)
+        caches[-1].pages.fill_(0xFF)
+    caches[0].open_rows[4, 0, 63, 1, 5] = torch.inf
+    caches[-1].open_rows[2, 1, 0, 0, 1:3] = torch.nan
+    rows = [cache.open_rows.clone() for cache in caches]
     count = torch.zeros((), dtype=torch.int64, device=device)
-    append(cache, layout, k, v, touched, count)
-    none = torch.zeros(1, dtype=torch.int32)
-    encoded = encode_pages(rows[0][None].cpu(), rows[1][None].cpu(), none, layout)
-    assert torch.equal(cache.pages[[4]].cpu(), encoded)
-    assert torch.equal(cache.open_rows[2], rows)
-    assert torch.equal(cache.open_rows[1, :, 7], torch.stack([k[0], v[0]]))
-    assert not cache.pages[5].any()
+    close_pages(PagedLayers(caches), layout, decode_table(device), count)
+    assert int(count) == 3
+    sinks = torch.tensor([0, SINKS], dtype=torch.int32)
+    for cache, before in zip(caches, rows, strict=True):
+        assert torch.equal(cache.open_rows.view(torch.int16), before.view(torch.int16))
+        full, _ = contain_non_finite(before[list(FULL_SLOTS.values())].cpu())
+        expected = encode_pages(full[:, 0], full[:, 1], sinks, layout)
+        differing = cache.pages[[5, 2]].cpu() != expected
+        fitted = layout.format.k.fitted or layout.format.v.fitted
+        assert differing.float().mean() <= (0.003 if fitted else 0)
+        assert torch.equal(cache.sink_rows[3].cpu(), full[1, :, :SINKS])
+        assert cache.sink_rows[:3].isnan().all()
+        assert (cache.pages[[0, 1, 3, 4]] == 0xFF).all()
+
+
+def test_programs_take_several_pages(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = PageLayout(get_format("hack4"), 64, HEADS)
+    cache = empty_cache(layout, device)
+    cache.open_rows.copy_(random_rows(cache.open_rows.shape, torch.Generator().manual_seed(7)))
+    other = replace(cache, pages=cache.pages.clone(), sink_rows=cache.sink_rows.clone())
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    close_pages(PagedLayers([cache]), layout, decode_table(device), count)
+    monkeypatch.setattr(api, "CLOSE_PROGRAMS", 3)
+    close_pages(PagedLayers([other]), layout, decode_table(device), count)
+    assert cache.pages[[2, 5]].any(1).all()
+    assert torch.equal(cache.pages, other.pages)
+    assert torch.equal(cache.sink_rows, other.sink_rows)
+
+
+@triton.jit
+def _count_wrong_quotients(scales_ptr, first_bits, wrong_ptr, BLOCK: tl.constexpr):
+    scale = tl.load(scales_ptr + tl.program_id(0)).to(tl.float32)
+    bits = first_bits + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = bits.to(tl.float32, bitcast=True)
+    scales, _ = tl.broadcast(scale, x)
+    found = quotient(x, *divisors(scales, scales * 0.0))
+    differs = found != tl.math.div_rn(x, scales)
+    tl.atomic_add(wrong_ptr, tl.sum(differs.to(tl.int32), axis=0))
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 40, 66, 67, 68, 107, 127, 142])
+def test_every_quotient_is_correctly_rounded(exponent: int, gpu: str) -> None:
+    """All scales of one bfloat16 exponent (0: subnormal) against all x, quotients 1/8 to 1024."""
+    scales = torch.arange(128, dtype=torch.int16, device=gpu) + exponent * 128
+    scales = scales[scales > 0].view(torch.bfloat16)
+    wrong = torch.zeros((), dtype=torch.int32, device=gpu)
+    for binade in range(max(0, exponent - 3), exponent + 11):
+        grid = (len(scales), 2**23 // 1024)
+        _count_wrong_quotients[grid](
+            scales, binade * 2**23, wrong, BLOCK=1024, enable_fp_fusion=False
+        )
+    assert int(wrong) == 0
 
 
 @pytest.mark.parametrize(("head_dim", "order"), [(128, 128), (64, 64), (80, 16), (96, 32)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import RandomCache, attention_fp64, random_cache
 
+from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
@@ -29,7 +30,10 @@ def to_device(data: RandomCache, device: str) -> RandomCache:
 
 
 def run(
-    data: RandomCache, q: torch.Tensor, num_programs: int | None = None
+    data: RandomCache,
+    q: torch.Tensor,
+    num_programs: int | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode with every output and partial result poisoned beforehand."""
     workspace = DecodeWorkspace(len(q), q.shape[1], data.layout, q.device, num_programs)
@@ -38,7 +42,7 @@ def run(
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
     scale = q.shape[2] ** -0.5
-    decode(q, data.cache, data.table, data.layout, scale, workspace, out, lse)
+    decode(q, data.cache, data.table, data.layout, scale, workspace, out, lse, fresh)
     return out, lse
 
 
@@ -120,6 +124,34 @@ def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
     torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "num_programs"),
+    [("hack2", 80, 7), ("saw4", 96, 3), ("kvq4", 128, 1), ("bf16", 64, 40)],
+)
+def test_fresh_rows_are_attended_to_and_stored(
+    name: str, head_dim: int, num_programs: int, device: str
+) -> None:
+    """A page's 1st, 16th, 17th, 63rd and 64th row; two padding rows share page and slot 0."""
+    lens = [65, 16, 17, 63, 128, 1, 1]
+    data, q = make(name, head_dim, 2, 2, lens, 4, device)
+    data.table.open_slots[-2:] = 0
+    data.table.kv_indices[-2:] = 0
+    offsets = torch.tensor(lens[:5], device=device).sub(1).remainder(PAGE_SIZE)
+    fresh = (data.table.open_slots[:5].long(), slice(None), offsets)
+    wide = torch.randn(2, 7, 3, 2 * head_dim, device=device).bfloat16()
+    k, v = wide[:, :, 1:, :head_dim]  # strided
+    rows = data.cache.open_rows
+    rows[fresh] = torch.stack([k, v], 1)[:5]
+    expected, expected_lse = run(data, q, num_programs)
+    before = rows.clone()
+    rows[fresh] = torch.nan  # an earlier owner's
+    out, lse = run(data, q, num_programs, (k, v))
+    assert torch.equal(out[:5], expected[:5])
+    assert torch.equal(lse[:5], expected_lse[:5])
+    assert torch.equal(rows[1:].view(torch.int16), before[1:].view(torch.int16))
+    assert rows[0, :, 1:].isnan().all()
+
+
 def test_float16_models(device: str) -> None:
     data, q = make("hack2", 64, 1, 2, [200], 4, device)
     layout = replace(data.layout, row_dtype=torch.float16)
@@ -134,6 +166,8 @@ def test_wrong_queries_are_refused(device: str) -> None:
     data, q = make("hack2", 64, 1, 2, [65], 4, device)
     with pytest.raises(ValueError, match=r"expected at most 1 rows of torch.bfloat16"):
         run(data, q.float())
+    with pytest.raises(ValueError, match=r"k: expected at most 1 rows of torch.bfloat16"):
+        run(data, q, None, (q[:, :1].float(), q[:, :1]))
     with pytest.raises(ValueError, match="num_qo_heads: expected 1 to 16 times the 1 KV heads"):
         DecodeWorkspace(1, 17, data.layout, device)
 
@@ -157,7 +191,8 @@ def test_a_graph_replays_with_new_lengths(gpu: str) -> None:
 
 def test_another_batch_or_length_compiles_nothing(gpu: str) -> None:
     data, q = make("hack2", 128, 2, 4, [130] * 17, 4, gpu)
-    run(data, q)
+    for num_programs in (1, 500):  # few and many partial results, as captured batches have
+        run(data, q, num_programs)
     compiled = [len(kernel.device_caches[0][0]) for kernel in KERNELS]
     for batch in (1, 2, 16):
         table = replace(

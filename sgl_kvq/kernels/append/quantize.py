@@ -1,0 +1,276 @@
+"""Quantizing 64 rows of one head: the device functions of the append and close kernels (Triton).
+
+The arithmetic is that of `reference.py`, rounding by rounding, so that codes and metadata agree to
+the bit. Kernels must be launched without fused multiply-adds; the two that are meant are spelled
+out.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sgl_kvq.kernels._gluon import INTERPRET
+from sgl_kvq.kernels._layouts import (
+    FINE_BITS,
+    FINE_PLANES,
+    FINE_STEPS,
+    PAGE,
+    cut_share,
+    next_power_of_2,
+    num_boosted,
+    num_cuts,
+    num_groups,
+    num_planes,
+    plane_width,
+)
+from sgl_kvq.kernels._rotation import rotate_tile
+
+_ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
+_SMALL_SCALE: tl.constexpr = tl.constexpr(2.0**-60)
+_LIFT: tl.constexpr = tl.constexpr(2.0**64)
+
+
+@triton.jit
+def _round_to_bf16(x):
+    """Finite float32 rounded to bfloat16, nearest even, as float32.
+
+    Spelled out because Triton's interpreter truncates.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _range(low, high, top):
+    """Scales and minima as float32: m = bf16(low), s = bf16((high - m) / top)."""
+    mins = _round_to_bf16(low)
+    scales = _round_to_bf16(tl.math.div_rn(high - mins, low * 0.0 + top))
+    return tl.where(scales > 0.0, scales, 1.0), mins
+
+
+@triton.jit
+def divisors(scales, mins):
+    """What `quotient` wants to know of groups: (lift, shifted minimum, divisor, reciprocal).
+
+    Tiny scales are lifted by a power of two, x and minimum alike: 1 / scale would overflow.
+    """
+    lift = tl.where(scales < _SMALL_SCALE, _LIFT, 1.0)
+    divisor = scales * lift
+    return lift, -mins * lift, divisor, tl.math.div_rn(divisor * 0.0 + 1.0, divisor)
+
+
+@triton.jit
+def quotient(x, lift, shifted_min, divisor, reciprocal):
+    """(x - m) / s correctly rounded, wherever it is between 2^-20 and 2^20 in size.
+
+    With y = (x - m) * reciprocal, a few ulp off, r = (x - m) - y s is exact, since s has 8
+    significant bits, and y + r * reciprocal errs by at most 2^-20 ulp before it is rounded. The
+    exact quotient is never that close to the middle of two floats: a bfloat16 divisor keeps it
+    2^-9 ulp away, and in the middle it would have more bits than x - m has.
+    """
+    if INTERPRET:  # has no fused multiply-add
+        difference, divisor = tl.broadcast(x * lift + shifted_min, divisor)
+        return tl.math.div_rn(difference, divisor)
+    else:
+        difference = tl.fma(x, lift, shifted_min)
+        y = difference * reciprocal
+        return tl.fma(tl.fma(-y, divisor, difference), reciprocal, y)
+
+
+@triton.jit
+def _round_steps(steps, top, HALF_UP: tl.constexpr):
+    """The nearest code from 0 to top, as float32."""
+    steps = tl.minimum(tl.maximum(steps, 0.0), top)
+    return tl.floor(steps + 0.5) if HALF_UP else (steps + _ROUND) - _ROUND
+
+
+@triton.jit
+def _codes(x, groups, top, AXIS: tl.constexpr, HALF_UP: tl.constexpr):
+    """Codes 0 to top (float32) of x; `groups` are the `divisors` of the groups along AXIS."""
+    lift, shifted_min, divisor, reciprocal = groups
+    steps = quotient(
+        x,
+        tl.expand_dims(lift, AXIS),
+        tl.expand_dims(shifted_min, AXIS),
+        tl.expand_dims(divisor, AXIS),
+        tl.expand_dims(reciprocal, AXIS),
+    )
+    return _round_steps(steps, top, HALF_UP)
+
+
+@triton.jit
+def _kept(x, counts, other):
+    """Put `other` in place of the elements of x that do not count."""
+    if counts is None:
+        return x
+    else:
+        return tl.where(counts, x, other)
+
+
+@triton.jit
+def _error(x, scales, mins, top, counts, AXIS: tl.constexpr, HALF_UP: tl.constexpr):
+    """Sum of squared errors of each group, of the elements that count.
+
+    It only ranks ranges, so it is computed in steps, from quotients that are an ulp or two off.
+    """
+    reciprocal = tl.math.div_rn(scales * 0.0 + 1.0, scales)
+    steps = (x - tl.expand_dims(mins, AXIS)) * tl.expand_dims(reciprocal, AXIS)
+    error = _round_steps(steps, top, HALF_UP) - steps
+    return tl.sum(_kept(error * error, counts, 0.0), axis=AXIS) * (scales * scales)
+
+
+@triton.jit
+def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
+    """Scales and minima of the groups along AXIS, over the elements that count (None: all).
+
+    `tops` is the largest code by group, `top` the same broadcastable to x.
+    """
+    low = tl.min(_kept(x, counts, float("inf")), axis=AXIS)
+    high = tl.max(_kept(x, counts, float("-inf")), axis=AXIS)
+    scales, mins = _range(low, high, tops)
+    if num_cuts(CODING) > 0:
+        least = _error(x, scales, mins, top, counts, AXIS, CODING.half_up)
+        for i in range(num_cuts(CODING)):  # not unrolled: the code of one pass fits the caches
+            share = low * 0.0
+            for j in tl.static_range(num_cuts(CODING)):
+                share = tl.where(i == j, cut_share(CODING, j), share)
+            cut = (high - low) * share
+            tried_scales, tried_mins = _range(low + cut, high - cut, tops)
+            error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
+            better = error < least
+            least = tl.where(better, error, least)
+            scales = tl.where(better, tried_scales, scales)
+            mins = tl.where(better, tried_mins, mins)
+    return scales, mins
+
+
+@triton.jit
+def _to_int(codes):
+    """Codes as int32, from the bits of a sum: conversions take four times as long."""
+    return (codes + _ROUND).to(tl.int32, bitcast=True) & 0x3FF
+
+
+@triton.jit
+def quantize_rows(
+    x, channel, valid, num_sinks, head_ptr,
+    CODING: tl.constexpr, IS_KEY: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Quantize 64 finite rows [64, positions] (float32) and write all fields of K or of V.
+
+    Position (c // WIDTH) * PADDED + c % WIDTH holds channel c; `valid` marks positions that do.
+    """
+    PLANES: tl.constexpr = num_planes(CODING)
+    WIDTH: tl.constexpr = plane_width(SPEC, CODING)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
+    if CODING.rotation > 1:
+        x = rotate_tile(x, channel, CODING.rotation, WIDTH, PADDED)
+    tokens = tl.arange(0, PAGE)
+    is_sink = tokens < num_sinks
+    meta_ptr = head_ptr.to(tl.pointer_type(tl.bfloat16))
+    if CODING.per_channel:
+        codes = _code_channels(x, channel, valid, is_sink, meta_ptr, CODING)
+    else:
+        codes = _code_tokens(x, channel, valid, tokens, meta_ptr, CODING, WIDTH == PADDED, SPEC)
+    codes = _to_int(tl.where(is_sink[:, None] | (valid == 0)[None, :], 0.0, codes))
+    if CODING.fine_bytes > 0:
+        _store_fine(codes, tokens, head_ptr + CODING.fine, CODING, WIDTH, PADDED)
+        codes = tl.where((channel < num_boosted(CODING))[None, :], codes >> FINE_BITS, codes)
+
+    byte = tl.arange(0, PADDED)
+    plane = tl.arange(0, PLANES)
+    fields = tl.reshape(codes, [PAGE, PLANES, PADDED]) << (CODING.num_bits * plane)[None, :, None]
+    packed = tl.sum(fields, axis=1).to(tl.uint8)  # [64, PADDED]
+    if IS_KEY:
+        ptrs = head_ptr + CODING.codes + tokens[:, None] * WIDTH + byte[None, :]
+    else:
+        ptrs = head_ptr + CODING.codes + byte[None, :] * PAGE + tokens[:, None]
+    tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
+    if CODING.sums > 0:
+        _store_sums(codes, channel, valid, tokens, head_ptr + CODING.sums, CODING, IS_KEY, SPEC)
+
+
+@triton.jit
+def _code_channels(x, channel, valid, is_sink, meta_ptr, CODING: tl.constexpr):
+    """Codes of rows with one scale a channel."""
+    MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
+    counts, _ = tl.broadcast((is_sink == 0)[:, None], x)
+    is_boosted = channel < num_boosted(CODING)
+    tops = tl.where(is_boosted, (MAX_CODE + 1) * FINE_STEPS - 1.0, MAX_CODE + 0.0)
+    scales, mins = _fit(x, counts, tops, tops[None, :], 0, CODING)  # [positions]
+    codes = _codes(x, divisors(scales, mins), tops[None, :], 0, CODING.half_up)
+    scales = tl.where(is_boosted, scales * FINE_STEPS, scales)
+    tl.store(meta_ptr + CODING.scales // 2 + channel, scales.to(tl.bfloat16), mask=valid)
+    tl.store(meta_ptr + CODING.mins // 2 + channel, mins.to(tl.bfloat16), mask=valid)
+    return codes
+
+
+@triton.jit
+def _code_tokens(
+    x, channel, valid, tokens, meta_ptr,
+    CODING: tl.constexpr, IN_ORDER: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Codes of rows with one scale a token and group of channels.
+
+    IN_ORDER says that positions are channels, so that groups are pieces of equal size.
+    """
+    MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
+    GROUPS: tl.constexpr = num_groups(SPEC, CODING)
+    top = MAX_CODE + 0.0
+    at = meta_ptr + tokens
+    if IN_ORDER:
+        grouped = tl.reshape(x, [PAGE, GROUPS, CODING.group_channels])
+        scales, mins = _fit(grouped, None, top, top, 2, CODING)  # [64, groups]
+        group = tl.arange(0, GROUPS)[None, :] * PAGE
+        tl.store(at[:, None] + CODING.scales // 2 + group, scales.to(tl.bfloat16))
+        tl.store(at[:, None] + CODING.mins // 2 + group, mins.to(tl.bfloat16))
+        codes = _codes(grouped, divisors(scales, mins), top, 2, CODING.half_up)
+        codes = tl.reshape(codes, x.shape)
+    else:
+        codes = tl.zeros(x.shape, tl.float32)
+        for group in tl.static_range(GROUPS):
+            inside = (valid & (channel // CODING.group_channels == group))[None, :]
+            counts, _ = tl.broadcast(inside, x)
+            scales, mins = _fit(x, counts, top, top, 1, CODING)  # [64]
+            tl.store(at + CODING.scales // 2 + group * PAGE, scales.to(tl.bfloat16))
+            tl.store(at + CODING.mins // 2 + group * PAGE, mins.to(tl.bfloat16))
+            own = _codes(x, divisors(scales, mins), top, 1, CODING.half_up)
+            codes = tl.where(inside, own, codes)
+    return codes
+
+
+@triton.jit
+def _store_fine(
+    codes, tokens, fine_ptr, CODING: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Write the lowest bits of the boosted channels, [64, fine_bytes]."""
+    BYTES: tl.constexpr = next_power_of_2(CODING.fine_bytes)
+    place = tl.arange(0, FINE_PLANES * BYTES)
+    channel = (place // BYTES) * CODING.fine_bytes + place % BYTES
+    position = ((channel // WIDTH) * PADDED + channel % WIDTH) % codes.shape[1]
+    index, _ = tl.broadcast(position[None, :], tl.zeros([PAGE, FINE_PLANES * BYTES], tl.int32))
+    fine = tl.gather(codes & (FINE_STEPS - 1), index, axis=1)
+    shift = tl.arange(0, FINE_PLANES) * FINE_BITS
+    packed = tl.sum(tl.reshape(fine, [PAGE, FINE_PLANES, BYTES]) << shift[None, :, None], axis=1)
+    byte = tl.arange(0, BYTES)
+    ptrs = fine_ptr + tokens[:, None] * CODING.fine_bytes + byte[None, :]
+    tl.store(ptrs, packed.to(tl.uint8), mask=(byte < CODING.fine_bytes)[None, :])
+
+
+@triton.jit
+def _store_sums(
+    codes, channel, valid, tokens, sums_ptr,
+    CODING: tl.constexpr, IS_KEY: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Write code sums: by token and partition (K) or by channel (V)."""
+    if not CODING.sums_are_bytes:
+        sums_ptr = sums_ptr.to(tl.pointer_type(tl.int16))
+    if IS_KEY:
+        for part in tl.static_range(SPEC.head_dim // SPEC.partition):
+            inside = (channel // SPEC.partition == part)[None, :]
+            total = tl.sum(tl.where(inside, codes, 0), axis=1)
+            tl.store(sums_ptr + part * PAGE + tokens, total.to(sums_ptr.dtype.element_ty))
+    else:
+        total = tl.sum(codes, axis=0)
+        tl.store(sums_ptr + channel, total.to(sums_ptr.dtype.element_ty), mask=valid)
