@@ -1,7 +1,9 @@
-"""PD transfer over slow links: two network namespaces, shaped by tc. Needs root and iproute2.
+"""PD transfer over slow links between two network namespaces. Needs root and iproute2.
 
 Usage: python -m benchmarks.bench_pd [--agents] [--model DIR] [--out benchmarks/results/cpu/pd.csv]
 
+Links without delay are a veth pair shaped by tc's tbf; the one with delay is `benchmarks.tun_link`,
+because netem is a module that many kernels lack. The column `how` says which.
 Each link carries bf16 and hack2 pages: the time to transfer a prompt of 2,048 tokens of an 8B
 model's geometry, from the first block to the last answer, checksums and CURVE on. With `--agents` a
 prefill instance in the other namespace and a decode instance with SGLang's router in this one serve
@@ -24,13 +26,17 @@ from benchmarks.agents import Workload, WorkloadSizes
 from benchmarks.pd import launch_pd, launch_router, transfer_metrics
 from benchmarks.records import command_line, git_commit, write_csv
 from benchmarks.servers import cpu_name
+from benchmarks.tun_link import MTU_BYTES, tun_link
 from benchmarks.wire_ends import EndSpec, wire_pair
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 from sgl_kvq.transfer.auth import make_keys
 
 NAMESPACE = "kvq-prefill"
+INSIDE = ("ip", "netns", "exec", NAMESPACE)
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
+DEVICES = ("kvq0", "kvq1")
 NUM_PAGES = 32
+BLOCK_BYTES = 2**20
 FORMATS = ("bf16", "hack2")
 AGENTS = WorkloadSizes(
     num_agents=3, num_rounds=2, shared_tokens=256, private_tokens=768, answer_tokens=12
@@ -43,19 +49,24 @@ class Link:
 
     Attributes:
         name: For the table.
-        rate: As tc takes it.
-        delay_ms: One-way delay in each direction.
+        mbit_s: Speed in each direction.
+        delay_ms: Delay in each direction.
     """
 
     name: str
-    rate: str
+    mbit_s: int
     delay_ms: float
+
+    @property
+    def how(self) -> str:
+        """What makes the link."""
+        return "tun, process between" if self.delay_ms else "veth, tbf"
 
 
 LINKS = (
-    Link("1 Gbit/s", "1gbit", 0.0),
-    Link("100 Mbit/s", "100mbit", 0.0),
-    Link("100 Mbit/s, 10 ms", "100mbit", 5.0),
+    Link("1 Gbit/s", 1000, 0.0),
+    Link("100 Mbit/s", 100, 0.0),
+    Link("100 Mbit/s, 10 ms", 100, 10.0),
 )
 
 
@@ -64,6 +75,7 @@ class Row:
     """One link and format; field names are the columns."""
 
     link: str
+    how: str
     what: str
     format: str
     wire_bytes: int
@@ -84,35 +96,40 @@ def run_ip(*arguments: str) -> None:
 
 @contextmanager
 def shaped(link: Link) -> Iterator[None]:
-    """A namespace for the prefill instance, and a shaped pair of interfaces to it."""
+    """A namespace for the prefill instance, and a slow link to it."""
     _remove()
-    inside = ("ip", "netns", "exec", NAMESPACE)
-    shape = ["tbf", "rate", link.rate, "burst", "256kb", "latency", "400ms"]
-    if link.delay_ms:
-        shape = ["netem", "rate", link.rate, "delay", f"{link.delay_ms}ms", "limit", "100000"]
     try:
         run_ip("ip", "netns", "add", NAMESPACE)
-        run_ip("ip", "link", "add", "kvq0", "type", "veth", "peer", "name", "kvq1")
-        run_ip("ip", "link", "set", "kvq0", "netns", NAMESPACE)
-        run_ip(*inside, "ip", "link", "set", "lo", "up")
-        for where, name, address in ((inside, "kvq0", ADDRESSES[0]), ((), "kvq1", ADDRESSES[1])):
-            run_ip(*where, "ip", "addr", "add", f"{address}/30", "dev", name)
-            run_ip(*where, "ip", "link", "set", name, "up")
-            run_ip(*where, "tc", "qdisc", "add", "dev", name, "root", *shape)
-        yield
+        run_ip(*INSIDE, "ip", "link", "set", "lo", "up")
+        with _devices(link):
+            for where, name, address in zip((INSIDE, ()), DEVICES, ADDRESSES, strict=True):
+                peer = ADDRESSES[1 - ADDRESSES.index(address)]
+                run_ip(*where, "ip", "addr", "add", address, "peer", peer, "dev", name)
+                run_ip(*where, "ip", "link", "set", name, "up")
+            yield
     finally:
         _remove()
 
 
-def has_netem() -> bool:
-    """Whether this kernel can delay packets."""
-    with suppress(subprocess.CalledProcessError), shaped(Link("", "1gbit", 1.0)):
-        return True
-    return False
+@contextmanager
+def _devices(link: Link) -> Iterator[None]:
+    """The two ends of a link, not up yet."""
+    if link.delay_ms:
+        with tun_link(DEVICES, NAMESPACE, link.mbit_s, link.delay_ms):
+            for where, name in ((INSIDE, DEVICES[0]), ((), DEVICES[1])):
+                run_ip(*where, "ip", "link", "set", name, "mtu", str(MTU_BYTES))
+            yield
+        return
+    run_ip("ip", "link", "add", DEVICES[0], "type", "veth", "peer", "name", DEVICES[1])
+    run_ip("ip", "link", "set", DEVICES[0], "netns", NAMESPACE)
+    shape = ("tbf", "rate", f"{link.mbit_s}mbit", "burst", "256kb", "latency", "400ms")
+    for where, name in ((INSIDE, DEVICES[0]), ((), DEVICES[1])):
+        run_ip(*where, "tc", "qdisc", "add", "dev", name, "root", *shape)
+    yield
 
 
 def _remove() -> None:
-    for command in (("ip", "netns", "del", NAMESPACE), ("ip", "link", "del", "kvq1")):
+    for command in (("ip", "netns", "del", NAMESPACE), ("ip", "link", "del", DEVICES[1])):
         with suppress(subprocess.CalledProcessError):
             run_ip(*command)
 
@@ -124,15 +141,17 @@ def measure_transfer(link: Link, keys: Path, repeats: int, command: str) -> list
     with shaped(link):
         for name in FORMATS:
             spec = EndSpec(
-                name, NUM_PAGES, 2**20, host=ADDRESSES[0], keys=keys, sender_namespace=NAMESPACE
+                name, NUM_PAGES, host=ADDRESSES[0], keys=keys, sender_namespace=NAMESPACE
             )
             with wire_pair(spec) as pair:
-                pair.transfer()
-                seconds[name] = statistics.median(pair.transfer() for _ in range(repeats))
+                pair.transfer(BLOCK_BYTES)
+                times = [pair.transfer(BLOCK_BYTES) for _ in range(repeats)]
+                seconds[name] = statistics.median(times)
                 sizes[name] = pair.total_bytes
     return [
         Row(
             link=link.name,
+            how=link.how,
             what=f"{NUM_PAGES * 64} tokens, 8B geometry",
             format=name,
             wire_bytes=sizes[name],
@@ -177,6 +196,7 @@ def measure_agents(link: Link, model: Path, keys: Path, folder: Path, command: s
             rows.append(
                 Row(
                     link=link.name,
+                    how=link.how,
                     what=f"{AGENTS.num_agents} agents x {AGENTS.num_rounds}, SmolLM2-135M",
                     format=name,
                     wire_bytes=int(wire),
@@ -207,9 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys = Path(folder) / "keys"
         make_keys(keys, ["decode"])
         for link in LINKS:
-            if link.delay_ms and not has_netem():
-                print(f"{link.name}: left out, this kernel has no netem", flush=True)
-                continue
             fresh = measure_transfer(link, keys, args.repeats, command)
             if args.agents:
                 model = args.model or fetch(DEFAULT_FOLDER)

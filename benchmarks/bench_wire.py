@@ -23,7 +23,7 @@ import zmq
 
 from benchmarks.records import command_line, git_commit, write_csv
 from benchmarks.servers import cpu_name, free_port
-from benchmarks.wire_ends import EndSpec, wire_pair
+from benchmarks.wire_ends import EndSpec, WirePair, wire_pair
 
 NUM_PAGES = 192
 BLOCK_KB = (64, 256, 1024, 4096)
@@ -84,19 +84,16 @@ def time_bare(block_bytes: int, count: int) -> float:
     return seconds
 
 
-def measure(block_kb: int, repeats: int, command: str) -> Row:
+def measure(pair: WirePair, block_kb: int, repeats: int, command: str) -> Row:
     """Measure one block size; the first round warms up."""
-    spec = EndSpec("hack2", NUM_PAGES, block_kb * 1024, WINDOW_BYTES)
     ours, bare = [], []
-    with wire_pair(spec) as pair:
-        for _ in range(repeats + 1):
-            ours.append(pair.total_bytes / pair.transfer())
-            sent_bytes = pair.num_blocks * pair.block_bytes
-            bare.append(sent_bytes / time_bare(pair.block_bytes, pair.num_blocks))
-        block_bytes = pair.block_bytes
+    for _ in range(repeats + 1):
+        ours.append(pair.total_bytes / pair.transfer(block_kb * 1024))
+        mean_bytes = pair.total_bytes // pair.num_blocks
+        bare.append(mean_bytes * pair.num_blocks / time_bare(mean_bytes, pair.num_blocks))
     mine, theirs = (statistics.median(speeds[1:]) / 1e6 for speeds in (ours, bare))
     return Row(
-        block_bytes=block_bytes,
+        block_bytes=mean_bytes,
         ours_mb_s=round(mine, 1),
         bare_mb_s=round(theirs, 1),
         share=round(mine / theirs, 3),
@@ -115,14 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     command = command_line("bench_wire", sys.argv[1:] if argv is None else argv)
     rows = []
-    for block_kb in BLOCK_KB:
-        rows.append(measure(block_kb, args.repeats, command))
-        row = rows[-1]
-        print(
-            f"{row.block_bytes / 1024:7.0f} KiB  ours {row.ours_mb_s:7.0f} MB/s  "
-            f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}",
-            flush=True,
-        )
+    with wire_pair(EndSpec("hack2", NUM_PAGES, WINDOW_BYTES)) as pair:
+        for block_kb in BLOCK_KB:
+            rows.append(measure(pair, block_kb, args.repeats, command))
+            row = rows[-1]
+            print(
+                f"{row.block_bytes / 1024:7.0f} KiB  ours {row.ours_mb_s:7.0f} MB/s  "
+                f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}",
+                flush=True,
+            )
     write_csv(args.out, [asdict(row) for row in rows])
     return 0
 

@@ -39,11 +39,7 @@ class Cluster:
 
     def generate(self, payload: dict[str, Any], timeout_s: float = 120) -> requests.Response:
         """Send one request to both instances, as a router does; return the decode one's answer."""
-        body = payload | {
-            "bootstrap_host": urlsplit(self.prefill.url).hostname,
-            "bootstrap_port": self.bootstrap_port,
-            "bootstrap_room": random.getrandbits(62),
-        }
+        body = self._with_room(payload)
         with ThreadPoolExecutor(2) as pool:
             prefill, decode = (
                 pool.submit(requests.post, f"{server.url}/generate", json=body, timeout=timeout_s)
@@ -52,6 +48,33 @@ class Cluster:
             answer = decode.result()
             prefill.exception()
         return answer
+
+    def stream(self, payload: dict[str, Any], timeout_s: float) -> Iterator[bytes]:
+        """As `generate`, token by token: yields the decode instance's events as they come.
+
+        Raises:
+            ServerError: an instance refused the request.
+        """
+        body = self._with_room(payload) | {"stream": True}
+        with ThreadPoolExecutor(1) as pool:
+            url = f"{self.prefill.url}/generate"
+            prefill = pool.submit(requests.post, url, json=body, timeout=timeout_s)
+            url = f"{self.decode.url}/generate"
+            with requests.post(url, json=body, timeout=timeout_s, stream=True) as answer:
+                for line in answer.iter_lines(chunk_size=None):
+                    if b'"error"' in line:
+                        raise ServerError(line.decode(errors="replace"))
+                    if line.startswith(b"data: {"):
+                        yield line
+            if prefill.result().status_code != 200:
+                raise ServerError(prefill.result().text)
+
+    def _with_room(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return payload | {
+            "bootstrap_host": urlsplit(self.prefill.url).hostname,
+            "bootstrap_port": self.bootstrap_port,
+            "bootstrap_room": random.getrandbits(62),
+        }
 
 
 def transfer_metrics(server: Server) -> dict[str, float]:
@@ -74,6 +97,7 @@ def launch_pd(
     decode_flags: Sequence[str] = (),
     prefill_host: str = "127.0.0.1",
     prefill_prefix: tuple[str, ...] = (),
+    start_timeout_s: float = 240,
 ) -> Iterator[Cluster]:
     """Start both instances at once and stop them at exit.
 
@@ -85,6 +109,7 @@ def launch_pd(
         decode_flags: For the decode instance only.
         prefill_host: Address of the prefill instance.
         prefill_prefix: Command in front of it, as `ip netns exec NAME`.
+        start_timeout_s: Longest start of either.
 
     Raises:
         ServerError: an instance did not start, or a request failed in the block.
@@ -98,7 +123,7 @@ def launch_pd(
         Launch(prefill_args, log_folder / "prefill.log", prefill_host, prefill_prefix),
         Launch(decode_args, log_folder / "decode.log"),
     ]
-    with launch_servers(model, commands) as (prefill, decode):
+    with launch_servers(model, commands, start_timeout_s) as (prefill, decode):
         yield Cluster(prefill, decode, port)
 
 

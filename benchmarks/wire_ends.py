@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
 import secrets
 import threading
 import time
@@ -14,25 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from benchmarks.tun_link import enter_namespace
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
-from sgl_kvq.transfer.blocks import Block, HeadRange, PoolAccess, cut_pages
+from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, cut_pages
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.prefill_link import PrefillThread
 from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockKind
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
-CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class EndSpec:
     Attributes:
         format: Of the pages.
         num_pages: Pages of a transfer.
-        block_bytes: Size a block is filled up to.
         window_bytes: Unacknowledged bytes.
         host: Address the sending end listens on.
         keys: Folder of CURVE keys, or None on loopback.
@@ -51,7 +50,6 @@ class EndSpec:
 
     format: str
     num_pages: int
-    block_bytes: int
     window_bytes: int = 32 * 2**20
     host: str = "127.0.0.1"
     keys: Path | None = None
@@ -62,7 +60,6 @@ class EndSpec:
         return TransferConfig(
             host=self.host,
             keys=self.keys,
-            block_bytes=self.block_bytes,
             window_bytes=self.window_bytes,
             deadline_s=120,
         )
@@ -76,21 +73,12 @@ def _make_side(spec: EndSpec) -> tuple[QuantizedKVPool, PoolAccess, Any]:
         layer.pages.random_(0, 256)
     config = KVQuantConfig(spec.format)
     marks = make_fingerprint(config, layout, NUM_LAYERS, NUM_HEADS, "benchmark")
-    return pool, PoolAccess(pool, HeadRange(0, NUM_HEADS)), marks
-
-
-def _enter(namespace: str | None) -> None:
-    """Move this process into a network namespace, before it opens any socket."""
-    if namespace is None:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    file = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
-    if libc.setns(file, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+    return pool, open_pool(pool, HeadRange(0, NUM_HEADS)), marks
 
 
 def _send_end(pipe: Any, spec: EndSpec) -> None:
-    _enter(spec.sender_namespace)
+    if spec.sender_namespace is not None:
+        enter_namespace(f"/var/run/netns/{spec.sender_namespace}")  # before any socket is there
     pool, access, marks = _make_side(spec)
     asked, done = threading.Event(), threading.Event()
     thread = PrefillThread(
@@ -103,29 +91,33 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     )
     thread.start()
     page_bytes = pool.layout.page_bytes
-    pages = torch.randperm(spec.num_pages) + 1
-    blocks = list(cut_pages(0, pages, NUM_LAYERS, page_bytes, spec.block_bytes))
-    block_bytes = blocks[0].num_layers * len(blocks[0].pages) * page_bytes
-    pipe.send((f"tcp://{spec.host}:{thread.port}", block_bytes, len(blocks)))
-    while (room := pipe.recv()) is not None:
+    pages = _shuffled(spec.num_pages)
+    pipe.send(f"tcp://{spec.host}:{thread.port}")
+    while (order := pipe.recv()) is not None:
+        room, block_bytes = order
+        blocks = list(cut_pages(0, pages, NUM_LAYERS, page_bytes, block_bytes))
+        last = Block(BlockKind.METADATA, data=bytes(2048))
         asked.clear()
         done.clear()
         thread.open_room(room, Ticket(print))
         asked.wait()
         began = time.perf_counter()
-        last = Block(BlockKind.METADATA, data=bytes(2048))
         thread.add_blocks(room, [*blocks, last], True)
         done.wait()
-        pipe.send(time.perf_counter() - began)
+        pipe.send((time.perf_counter() - began, len(blocks)))
     thread.stop()
+
+
+def _shuffled(num_pages: int) -> PageIds:
+    """Pages of a pool in random order: the worst case, no two of them follow each other."""
+    return np.random.default_rng(0).permutation(num_pages).astype(np.int64) + 1
 
 
 def _receive_end(pipe: Any, spec: EndSpec) -> None:
     _, access, marks = _make_side(spec)
     thread = DecodeThread(spec.config(), access, marks, secrets.randbits(64))
     thread.start()
-    zero = torch.zeros(1, dtype=torch.int64)
-    pages = torch.randperm(spec.num_pages) + 1
+    pages = _shuffled(spec.num_pages)
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         room, endpoint = order
@@ -137,9 +129,7 @@ def _receive_end(pipe: Any, spec: EndSpec) -> None:
         def finish(data: bytes, done: threading.Event = done) -> None:
             done.set()
 
-        thread.start_transfer(
-            InTransfer(room, room, ticket, 0, pages, zero, zero, finish), [endpoint], 1
-        )
+        thread.start_transfer(InTransfer(room, room, ticket, 0, pages, [], finish), [endpoint], 1)
         done.wait()
         thread.close_room([endpoint], room, room, ticket, None)
     thread.stop()
@@ -149,25 +139,30 @@ class WirePair:
     """Both ends, started; `transfer` times one transfer of all pages.
 
     Attributes:
-        block_bytes: Size of a whole block.
-        num_blocks: Blocks of a transfer.
         total_bytes: Bytes of all pages.
+        num_blocks: Blocks of the last transfer.
     """
 
     def __init__(self, sender: Any, receiver: Any, spec: EndSpec) -> None:
         self._sender, self._receiver = sender, receiver
-        self._endpoint, self.block_bytes, self.num_blocks = sender.recv()
+        self._endpoint = sender.recv()
         receiver.recv()
         layout = PageLayout(get_format(spec.format), HEAD_DIM, NUM_HEADS)
         self.total_bytes = spec.num_pages * NUM_LAYERS * layout.page_bytes
+        self.num_blocks = 0
         self._room = 0
 
-    def transfer(self) -> float:
-        """Seconds from the first block to the receiver's last answer."""
+    def transfer(self, block_bytes: int) -> float:
+        """Seconds from the first block to the receiver's last answer.
+
+        Args:
+            block_bytes: Size a block is filled up to.
+        """
         self._room += 1
-        self._sender.send(self._room)
+        self._sender.send((self._room, block_bytes))
         self._receiver.send((self._room, self._endpoint))
-        return float(self._sender.recv())
+        seconds, self.num_blocks = self._sender.recv()
+        return float(seconds)
 
 
 @contextmanager

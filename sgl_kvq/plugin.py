@@ -163,8 +163,9 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
 def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
     manager = original(queue)
     if queue.transfer_backend.value == TRANSFER_BACKEND:
-        num_kv_heads = queue.scheduler.model_config.get_total_num_kv_heads()
-        manager.start(queue.token_to_kv_pool, num_kv_heads)
+        scheduler = queue.scheduler
+        num_kv_heads = scheduler.model_config.get_total_num_kv_heads()
+        manager.start(queue.token_to_kv_pool, num_kv_heads, scheduler.forward_stream)
     return manager
 
 

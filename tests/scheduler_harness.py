@@ -34,9 +34,15 @@ class Result:
 
 
 class SchedulerHarness:
-    """Start a scheduler with server options; `close` it before the next one starts."""
+    """Start a scheduler with server options; `close` it before the next one starts.
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    Args:
+        model_path: Hugging Face folder.
+        tp_rank: Rank of this process; all ranks are given the same requests in the same order.
+        options: Fields of `ServerArgs`.
+    """
+
+    def __init__(self, model_path: str, tp_rank: int = 0, **options: Any) -> None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
@@ -56,7 +62,7 @@ class SchedulerHarness:
         )
         publish(server_args, role="scheduler")
         port_args = server_args_module.PortArgs.init_new(server_args)
-        self.scheduler = Scheduler(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        self.scheduler = Scheduler(server_args, port_args, tp_rank, tp_rank, 0, 0, 0, 0, None)
         self._ids = itertools.count()
         self._requests: dict[str, Any] = {}
 

@@ -7,6 +7,10 @@ Servers run one after the other, each answers all workloads. Every row is writte
 known; run again with the same CSV, the command goes on with what is missing. Without `--model` the
 servers load random weights of Llama-3.1-8B's geometry. Page size, prefix cache, CUDA graphs and
 scheduling stay SGLang's defaults; `--server-args` adds to every server's flags.
+
+On a host with several GPUs run one command a GPU at once, each with its own CUDA_VISIBLE_DEVICES
+and `--out`. With `--kv-quant` the pool's metrics are read all along; values that contradict each
+other make the exit status 1.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from benchmarks.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
 from benchmarks.records import append_csv, command_line, git_commit, read_csv
 from benchmarks.servers import Server, ServerError, hardware_name, launch_server
 from benchmarks.serving.client import Outcome, run_workload
+from benchmarks.serving.counters import PoolWatch
 from benchmarks.serving.model_folder import make_folder
 from benchmarks.serving.workloads import Workload, make_workloads
 
@@ -35,6 +40,7 @@ DUMMY_MODEL = "out/llama-3.1-8b-geometry-{}-layers"
 BF16_TOKENS = 423_494
 """What stock SGLang's bf16 pool holds on an H100 (80 GB) with an 8B model."""
 COMMON_FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0"
+COMMON_FLAGS += " --mm-feature-transport cpu --sampling-backend pytorch"
 MIN_WORKLOAD_S = 20.0
 SHOWN = ("workload", "concurrency", "num_prompts", "system", "capacity_tokens", "output_tok_s")
 SHOWN += (
@@ -61,9 +67,16 @@ class Bench:
         dummy = Path(DUMMY_MODEL.format(args.layers))
         self._model = args.model or make_folder(dummy, args.layers)
         self._shape = ModelShape.read(self._model)
-        known = make_workloads(args.kv_tokens or BF16_TOKENS)
+        known = make_workloads(args.kv_tokens or BF16_TOKENS, args.prompts_per_prefix)
         chosen = [known[name] for name in args.workloads or known]
-        self._workloads = [workload.scaled(args.scale, args.length_scale) for workload in chosen]
+        limits = args.limit_s or [workload.timeout_s for workload in chosen]
+        if len(limits) == 1:
+            limits *= len(chosen)
+        self._workloads = [
+            replace(workload.scaled(args.scale, args.length_scale), timeout_s=limit_s)
+            for workload, limit_s in zip(chosen, limits, strict=True)
+        ]
+        self.problems: list[str] = []
         self._done = {_key(row) for row in read_csv(args.out) if row["status"] == "ok"}
 
     def run(self) -> None:
@@ -104,7 +117,10 @@ class Bench:
         """Send one workload and write its row."""
         limit_s = min(workload.timeout_s, self._left_s())
         name = f"{system}-{workload.name}".replace("/", "-").replace(" ", "-")
-        outcome = run_workload(server, self._model, workload, self._args.out.parent / name, limit_s)
+        watch = PoolWatch(server, self._args.out.parent / f"{name}.metrics.csv")
+        out = self._args.out.parent / name
+        outcome = run_workload(server, self._model, workload, out, limit_s, watch.sample)
+        self.problems += [f"{system}, {workload.name}: {problem}" for problem in watch.problems]
         row = self._row(system, workload, capacity, outcome, server.start_s)
         append_csv(self._args.out, row)
         print(tabulate([{key: row[key] for key in SHOWN}], headers="keys"), flush=True)
@@ -187,6 +203,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "open page of 64 tokens in 16 bits with --kv-quant",
     )
     add("--mem-fraction", type=float, default=0.85, help="default: 0.85")
+    add("--prompts-per-prefix", type=int, default=8, help="of shared prefixes (default: 8)")
+    add("--limit-s", type=float, nargs="+",
+        help="stop a workload so many seconds after its first request; one for all, or one for "
+        "each of --workloads")  # fmt: skip
     add("--scale", type=float, default=1.0, help="factor on the number of requests")
     add("--length-scale", type=float, default=1.0, help="factor on lengths")
     add("--server-args", default="", help="further flags of every server, one string")
@@ -194,6 +214,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("benchmarks/results/h100/serving.csv"))
     args = parser.parse_args(argv)
     args.argv = list(argv)
+    if args.limit_s and len(args.limit_s) not in (1, len(args.workloads or names)):
+        parser.error("--limit-s: expected one number, or one for each workload")
     return args
 
 
@@ -201,10 +223,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit status."""
     args = parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    Bench(args).run()
+    bench = Bench(args)
+    bench.run()
     rows = read_csv(args.out)
     print(tabulate([{key: row[key] for key in SHOWN} for row in rows], headers="keys"))
-    return 0 if rows else 1
+    for problem in bench.problems:
+        print(f"metrics: {problem}", file=sys.stderr)
+    return 0 if rows and not bench.problems else 1
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks.servers import Server
+from benchmarks.serving.counters import Counters, quantile
 from benchmarks.serving.workloads import Workload
 
-TOKENS = "sglang:realtime_tokens_total"
 SEED = 1
+POLL_INTERVAL_S = 0.5
+FIRST_REQUEST = "Starting main benchmark run"
+"""What `bench_serving` prints when data and warm-up are done."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Outcome:
 
     Attributes:
         status: "ok"; "partial": some requests failed; "timeout": stopped at its limit, rates are
-            those of the tokens computed until then; "failed": see the log.
+            those of the tokens computed until then and times those of SGLang's own histograms (of
+            requests that got so far); "failed": see the log.
         completed: Requests answered.
         duration_s: Of the measured part.
         output_tok_s: Output tokens a second.
@@ -51,35 +52,49 @@ class Outcome:
 
 
 def run_workload(
-    server: Server, model: Path, workload: Workload, out: Path, timeout_s: float
+    server: Server,
+    model: Path,
+    workload: Workload,
+    out: Path,
+    limit_s: float,
+    on_wait: Callable[[], None],
 ) -> Outcome:
     """Send a workload to an idle server.
 
     Args:
         server: Started with `--enable-metrics`; its prefix cache is emptied first.
         model: Its folder, for the tokenizer.
-        workload: What to send.
+        workload: What to send; it is stopped `timeout_s` after its first request.
         out: Prefix of the files for results and output of `bench_serving`.
-        timeout_s: Limit, start of the client included; the server is idle again afterwards.
+        limit_s: Limit, start of the client included; the server is idle again afterwards.
+        on_wait: Called about twice a second.
     """
     results, log = (out.with_name(out.name + suffix) for suffix in (".jsonl", ".client.log"))
-    results.unlink(missing_ok=True)
+    for path in (results, log):
+        path.unlink(missing_ok=True)
     argv = ["--backend", "sglang", "--base-url", server.url, "--model", str(model)]
     argv += ["--output-file", str(results), "--seed", str(SEED), "--cache-report"]
     argv += ["--disable-tqdm", "--flush-cache", *workload.flags()]
-    before = _tokens(server)
-    begin = time.monotonic()
     # A fork has SGLang imported already, which takes many seconds, and can be killed.
     client = multiprocessing.get_context("fork").Process(target=_bench_serving, args=(argv, log))
+    deadline = time.monotonic() + limit_s
     client.start()
-    client.join(timeout_s)
+    before, begin = None, time.monotonic()
+    while client.is_alive() and time.monotonic() < deadline:
+        client.join(POLL_INTERVAL_S)
+        if before is None and log.exists() and FIRST_REQUEST in log.read_text(errors="replace"):
+            before, begin = Counters.read(server), time.monotonic()
+            deadline = min(deadline, begin + workload.timeout_s)
+        on_wait()
     elapsed_s = time.monotonic() - begin
     if client.exitcode is None:
+        after = Counters.read(server)
         client.kill()
         client.join()
-        outcome = _unfinished(server, before, elapsed_s)
         server.abort_all()
-        return outcome
+        if before is None:
+            return Outcome("failed", 0, elapsed_s)
+        return _unfinished(before, after, elapsed_s)
     if client.exitcode or not results.exists():
         return Outcome("failed", 0, elapsed_s)
     return _read(json.loads(results.read_text().splitlines()[-1]), workload)
@@ -92,6 +107,7 @@ def _bench_serving(argv: list[str], log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # the log says how far it is
     sys.argv = ["bench_serving", *argv]
     cli_main()
 
@@ -114,28 +130,22 @@ def _read(result: dict[str, Any], workload: Workload) -> Outcome:
     )
 
 
-def _unfinished(server: Server, before: dict[str, float], elapsed_s: float) -> Outcome:
+def _unfinished(before: Counters, after: Counters, elapsed_s: float) -> Outcome:
     """Return what the server's own counters say about a workload that was stopped."""
-    after = _tokens(server)
     output, computed, cached = (
-        after[mode] - before[mode] for mode in ("decode", "prefill_compute", "prefill_cache")
+        after.tokens[mode] - before.tokens[mode]
+        for mode in ("decode", "prefill_compute", "prefill_cache")
     )
+    itl = [quantile(before.itl, after.itl, share) for share in (0.5, 0.99)]
     return Outcome(
         status="timeout",
         completed=0,
         duration_s=elapsed_s,
         output_tok_s=output / elapsed_s,
         total_tok_s=(output + computed + cached) / elapsed_s,
+        ttft_p50_s=quantile(before.ttft, after.ttft, 0.5),
+        ttft_p99_s=quantile(before.ttft, after.ttft, 0.99),
+        itl_p50_ms=None if itl[0] is None else itl[0] * 1e3,
+        itl_p99_ms=None if itl[1] is None else itl[1] * 1e3,
         hit_rate=cached / max(1.0, cached + computed),
     )
-
-
-def _tokens(server: Server) -> dict[str, float]:
-    """Return the tokens a server handled so far, by `mode`."""
-    text = requests.get(f"{server.url}/metrics", timeout=30).text
-    counts: dict[str, float] = defaultdict(float)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == TOKENS:
-                counts[sample.labels["mode"]] += sample.value
-    return counts

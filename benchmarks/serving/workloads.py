@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-GSP_PROMPTS_PER_PREFIX = 8
 GSP_WORKING_SET = 4
 """Tokens of all shared prefixes over tokens that the bf16 pool holds."""
 
@@ -80,11 +79,12 @@ class Workload:
         return [*(str(part) for flag in flags.items() for part in flag), "--tokenize-prompt"]
 
 
-def make_workloads(bf16_tokens: int) -> dict[str, Workload]:
+def make_workloads(bf16_tokens: int, prompts_per_prefix: int = 8) -> dict[str, Workload]:
     """Return all workloads by name.
 
     Args:
         bf16_tokens: Tokens the stock bf16 pool holds; the shared prefixes are four times that.
+        prompts_per_prefix: Requests that share a prefix, in random order among all others.
     """
     prefix_tokens = 8192
     num_prefixes = max(1, round(GSP_WORKING_SET * bf16_tokens / prefix_tokens))
@@ -97,7 +97,7 @@ def make_workloads(bf16_tokens: int) -> dict[str, Workload]:
             128,
             64,
             64,
-            num_prefixes * GSP_PROMPTS_PER_PREFIX,
+            num_prefixes * prompts_per_prefix,
             timeout_s=420,
             prefix_tokens=prefix_tokens,
             num_prefixes=num_prefixes,

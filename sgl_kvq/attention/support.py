@@ -90,7 +90,10 @@ def choose_graphs(args: Any) -> None:
     """
     if torch.accelerator.is_available():
         args.disable_prefill_cuda_graph = True
-        logger.info("--kv-quant: prefill runs without CUDA graphs; decode uses them")
+        logger.info(
+            "--kv-quant: SGLang's prefill CUDA graph is off, because the pages that a prefill step "
+            "reads and closes are planned on the host; decode runs in CUDA graphs"
+        )
     else:
         args.disable_cuda_graph = True
 

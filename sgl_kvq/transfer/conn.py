@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import TransferError
@@ -18,7 +17,7 @@ from sgl_kvq.host import (
     KVPoll,
     KVTransferError,
 )
-from sgl_kvq.transfer.blocks import Block, cut_pages
+from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.manager import KvqManager, endpoint_of
@@ -125,36 +124,30 @@ class KvqSender(_Poller, CommonKVSender):
         self.kv_mgr.thread.add_blocks(self.bootstrap_room, blocks, is_last)
 
     def _cut(self, page_indices: npt.NDArray[np.int32], num_new_tokens: int) -> list[Block]:
+        """Cut a chunk into blocks; nothing here waits for a GPU or copies to one.
+
+        SGLang calls `send` once the results of the batch that wrote the pages are on the host. Only
+        cached pages are sent earlier, and then it sets an event.
+        """
         manager = self.kv_mgr
-        pool, access = manager.pool, manager.access
+        plan, layout = manager.pool.plan, manager.pool.layout
+        ready = self.__dict__.pop("_early_send_wait_event", None)
+        row_bytes = manager.access.row_bytes(manager.access.heads)
+        sizes = {"block_bytes": manager.config.block_bytes, "ready": ready}
         first_page = self.num_tokens // PAGE_SIZE
         self.num_tokens += num_new_tokens
-        pages = torch.as_tensor(page_indices, dtype=torch.int64, device=pool.device)
+        pages = np.asarray(page_indices, dtype=np.int64)
         num_rows = self.num_tokens % PAGE_SIZE
         closed = pages[:-1] if num_rows and len(pages) else pages
-        # SGLang sets this event when the pages are cached ones of a batch that still runs.
-        ready = self.__dict__.pop("_early_send_wait_event", None) or access.event()
         blocks: list[Block] = []
-        if first_page == 0 and len(closed) and pool.plan.sink_tokens:
-            slot = pool.sink_slots.slot_of[pages[:1]]
-            rows = pool.plan.sink_tokens
-            blocks.append(self._rows(BlockKind.SINK_ROWS, slot, rows, ready))
-        blocks += cut_pages(
-            first_page,
-            closed,
-            pool.plan.num_layers,
-            pool.layout.page_bytes,
-            manager.config.block_bytes,
-            ready,
-        )
+        if first_page == 0 and len(closed) and plan.sink_tokens:
+            rows = (plan.sink_tokens, plan.num_layers, row_bytes)
+            blocks += cut_rows(BlockKind.SINK_ROWS, pages[:1], *rows, **sizes)
+        blocks += cut_pages(first_page, closed, plan.num_layers, layout.page_bytes, **sizes)
         if num_rows and len(pages):
-            slot = pool.open_slots.slot_of[pages[-1:]]
-            blocks.append(self._rows(BlockKind.OPEN_ROWS, slot, num_rows, ready))
+            rows = (num_rows, plan.num_layers, row_bytes)
+            blocks += cut_rows(BlockKind.OPEN_ROWS, pages[-1:], *rows, **sizes)
         return blocks
-
-    def _rows(self, kind: BlockKind, slot: torch.Tensor, num_rows: int, ready: Any) -> Block:
-        layers = self.kv_mgr.pool.plan.num_layers
-        return Block(kind, num_layers=layers, num_rows=num_rows, slot=slot, ready=ready)
 
     def abort(self) -> None:
         """Give up and tell the decode instance; SGLang frees the pages right after."""
@@ -223,20 +216,14 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             decode_prefix_len: Tokens that are here, a multiple of the page size.
         """
         self.has_pages = True
-        pool, manager = self.kv_mgr.pool, self.kv_mgr
-        prefix_pages = (decode_prefix_len or 0) // PAGE_SIZE
-        pages = torch.as_tensor(kv_indices, dtype=torch.int64)
-        on_device = pages.to(pool.device)
-        none = torch.zeros(1, dtype=torch.int64)
-        first = prefix_pages == 0 and len(pages) > 0
+        manager = self.kv_mgr
         transfer = InTransfer(
             self.bootstrap_room,
             self.nonce,
             self.ticket,
-            prefix_pages,
-            pages,
-            pool.open_slots.held_slot(on_device[-1:]).cpu() if len(pages) else none,
-            pool.sink_slots.held_slot(on_device[:1]).cpu() if first else none,
+            (decode_prefix_len or 0) // PAGE_SIZE,
+            np.asarray(kv_indices, dtype=np.int64),
+            manager.access.fence(),
             lambda data: manager.write_metadata(aux_index or 0, data),
         )
         self.ticket.advance(lambda: manager.update_status(self.bootstrap_room, KVPoll.Transferring))

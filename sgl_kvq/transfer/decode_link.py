@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ChecksumError, KvqError, TransferError, WireError
-from sgl_kvq.transfer.auth import secure_client
-from sgl_kvq.transfer.blocks import HeadRange, PoolAccess
-from sgl_kvq.transfer.handshake import digest
+from sgl_kvq.transfer.blocks import HeadRange
 from sgl_kvq.transfer.inbound import InPart, InTransfer
 from sgl_kvq.transfer.link import Link, LinkState
+from sgl_kvq.transfer.links import Links
 from sgl_kvq.transfer.messages import (
     Abort,
     Ack,
@@ -29,20 +25,12 @@ from sgl_kvq.transfer.messages import (
     Nack,
     Refuse,
     Welcome,
-    pack_message,
     parse_message,
 )
-from sgl_kvq.transfer.metrics import TransferMetrics
-from sgl_kvq.transfer.options import TransferConfig, is_loopback
-from sgl_kvq.transfer.thread import (
-    ALIVE_S,
-    BLOCK,
-    CONTROL,
-    FRAMES_A_ROUND,
-    Ticket,
-    TransferThread,
-)
-from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, BlockKind, parse_header
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.pool_access import PoolAccess
+from sgl_kvq.transfer.thread import BLOCK, CONTROL, Ticket, TransferThread
+from sgl_kvq.transfer.wire import WIRE_VERSION, BlockHeader, BlockKind, parse_header
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +58,12 @@ class DecodeThread(TransferThread):
         on_success: Callable[[InTransfer], None] = lambda transfer: None,
         on_link_down: Callable[[str], None] = lambda endpoint: None,
     ) -> None:
-        super().__init__("kvq-transfer-decode")
-        self.config, self.access, self.instance = config, access, instance
-        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
-        self.metrics = TransferMetrics("decode")
-        self.links: dict[str, Link] = {}
+        super().__init__("decode", config, access, fingerprint, instance)
+        hello = Hello(WIRE_VERSION, instance, fingerprint)
+        self._connections = Links(self.make_socket, self.poller, config, hello)
+        self.links = self._connections.by_endpoint
+        self._send = self._connections.send
         self._on_success, self._on_link_down = on_success, on_link_down
-        self._next_alive = 0.0
         self._retry_s = max(1.0, config.deadline_s / 6)
 
     # Called from the scheduler thread.
@@ -105,7 +92,7 @@ class DecodeThread(TransferThread):
     def _announce(self, endpoints: list[str], room: int, nonce: int, ticket: Ticket) -> None:
         for endpoint in endpoints:
             try:
-                link = self.links.get(endpoint) or self._connect(endpoint)
+                link = self._connections.get_or_connect(endpoint)
             except (KvqError, zmq.ZMQError, OSError) as error:
                 ticket.fail(f"prefill instance at {endpoint}: {error}")
                 return
@@ -113,39 +100,6 @@ class DecodeThread(TransferThread):
                 ticket.fail(f"room {room} is taken by another request; rooms must be unique")
                 return
             link.waiting[room] = (nonce, ticket, time.monotonic())
-
-    def _connect(self, endpoint: str, identity: bytes | None = None) -> Link:
-        host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-        if self.config.keys is None and not is_loopback(host):
-            raise TransferError(
-                "expected --kv-quant-transfer-keys for an address beyond loopback; make keys with: "
-                "python -m sgl_kvq keys FOLDER"
-            )
-        socket = self.make_socket(zmq.DEALER)
-        identity = identity or b"kvq" + os.urandom(16)
-        socket.setsockopt(zmq.ROUTING_ID, identity)
-        socket.ipv6 = ":" in host
-        if self.config.keys is not None:
-            secure_client(socket, self.config.keys)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        socket.connect(endpoint)
-        link = self.links[endpoint] = Link(endpoint, identity, socket, monitor)
-        self.poller.register(socket, zmq.POLLIN)
-        self.poller.register(monitor, zmq.POLLIN)
-        self._say_hello(link)
-        return link
-
-    def _say_hello(self, link: Link) -> None:
-        link.said_hello = time.monotonic()
-        self._send(link, Hello(WIRE_VERSION, self.instance, self.fingerprint))
-
-    def _close_link(self, link: Link) -> None:
-        del self.links[link.endpoint]
-        self.poller.unregister(link.socket)
-        self.poller.unregister(link.monitor)
-        link.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        link.socket.close(linger=0)
 
     def _start(self, transfer: InTransfer, endpoints: list[str], peers: int) -> None:
         links = [self.links.get(endpoint) for endpoint in endpoints]
@@ -200,25 +154,15 @@ class DecodeThread(TransferThread):
         self._close_room(endpoints, transfer.room, transfer.nonce, transfer.ticket, reason)
 
     def receive(self, socket: zmq.Socket[bytes]) -> None:
-        """Take messages of one connection, then acknowledge them together."""
-        link = next((x for x in self.links.values() if socket in (x.socket, x.monitor)), None)
+        """As the base, then acknowledge all blocks together."""
+        link = self._connections.by_socket.get(socket)
         if link is None:
             return
         if socket is link.monitor:
             recv_monitor_message(socket, zmq.NOBLOCK)
             self._on_disconnect(link)
             return
-        with suppress(zmq.Again):
-            for _ in range(FRAMES_A_ROUND):
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                link.last_heard = time.monotonic()
-                try:
-                    self._on_frames(link, frames)
-                except KvqError as error:
-                    self.metrics.refused_blocks.inc()
-                    logger.debug("kvq-zmq: message of %s dropped: %s", link.endpoint, error)
-                if link.endpoint not in self.links:
-                    return
+        super().receive(socket)
         self._flush(link)
 
     def _on_disconnect(self, link: Link) -> None:
@@ -228,7 +172,10 @@ class DecodeThread(TransferThread):
         self._on_link_down(link.endpoint)
         link.broken = True
 
-    def _on_frames(self, link: Link, frames: list[zmq.Frame]) -> None:
+    def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
+        """As the base: a control message or a block."""
+        link = self._connections.by_socket[socket]
+        link.last_heard = time.monotonic()
         kind = frames[0].bytes if frames else b""
         if kind == CONTROL and len(frames) == 2:
             self._on_message(link, parse_message(frames[1].buffer))
@@ -250,13 +197,13 @@ class DecodeThread(TransferThread):
             return
         part.acks.append(header.seq)
         if fresh:
-            self.metrics.blocks.inc()
-            self.metrics.wire_bytes[header.kind].inc(len(payload))
-            self.metrics.header_bytes.inc(HEADER_BYTES + len(BLOCK))
-            if header.kind is BlockKind.PAGES:
-                whole = self.access.heads.count * self.access.num_layers
-                share = header.num_heads * header.num_layers / whole
-                self.metrics.closed_page_tokens.inc(PAGE_SIZE * header.num_pages * share)
+            closed = header.kind is BlockKind.PAGES
+            self.metrics.count_block(
+                header.kind,
+                len(payload),
+                header.num_pages * header.num_layers * header.num_heads if closed else 0,
+                self.access.num_layers * self.access.heads.count,
+            )
 
     def _flush(self, link: Link) -> None:
         """Send what the last round gathered: damaged blocks first, then whole ones."""
@@ -361,17 +308,18 @@ class DecodeThread(TransferThread):
             self._expire(link, now)
             if not link.in_use:
                 if link.state is not LinkState.READY or now - link.last_heard > deadline_s:
-                    self._close_link(link)
+                    self._connections.close(link)
             elif link.broken or now - max(link.last_heard, link.opened) > deadline_s / 3:
-                self._reconnect(link)
+                self._connections.reconnect(link)
             elif link.state is LinkState.CONNECTING and now - link.said_hello > 2.0:
-                self._say_hello(link)
-        if now >= self._next_alive:
-            self._next_alive = now + ALIVE_S
-            for link in self.links.values():
-                rooms = [[room, nonce] for room, (nonce, _, _) in link.waiting.items()]
-                rooms += [[room, part.transfer.nonce] for room, part in link.parts.items()]
-                self._send(link, Alive(rooms))
+                self._connections.say_hello(link)
+
+    def send_alive(self) -> None:
+        """As the base."""
+        for link in self.links.values():
+            rooms = [[room, nonce] for room, (nonce, _, _) in link.waiting.items()]
+            rooms += [[room, part.transfer.nonce] for room, part in link.parts.items()]
+            self._send(link, Alive(rooms))
 
     def _expire(self, link: Link, now: float) -> None:
         deadline_s = self.config.deadline_s
@@ -390,19 +338,6 @@ class DecodeThread(TransferThread):
             if ticket.over:
                 del link.waiting[room]
 
-    def _reconnect(self, link: Link) -> None:
-        """Replace a connection that broke, or that says nothing and may be out of step."""
-        logger.debug("kvq-zmq: connecting to %s anew", link.endpoint)
-        self._close_link(link)
-        fresh = self._connect(link.endpoint, link.identity)
-        fresh.waiting, fresh.parts, fresh.finished = link.waiting, link.parts, link.finished
-        fresh.instance = link.instance
-        fresh.last_heard = link.last_heard
-
-    def _send(self, link: Link, message: Message) -> None:
-        with suppress(zmq.ZMQError):
-            link.socket.send_multipart([CONTROL, pack_message(message)], zmq.NOBLOCK)
-
     def close(self) -> None:
         """Fail every transfer and close the connections."""
         for link in list(self.links.values()):
@@ -410,4 +345,4 @@ class DecodeThread(TransferThread):
                 ticket.fail("the decode instance is shutting down")
             for part in list(link.parts.values()):
                 self._fail(part.transfer, "the decode instance is shutting down")
-            self._close_link(link)
+            self._connections.close(link)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 
 from sgl_kvq.errors import WireError
-from sgl_kvq.transfer.blocks import HeadRange, PoolAccess
+from sgl_kvq.transfer.blocks import HeadRange, PageIds
 from sgl_kvq.transfer.codecs import decode_payload
 from sgl_kvq.transfer.messages import MAX_LIST, Request
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, check_payload
 
@@ -25,9 +26,8 @@ class InTransfer:
         ticket: Its state; blocks are written under the ticket's lock, so that nothing is written
             once the scheduler thread has ended the transfer.
         prefix_pages: Pages that are here already.
-        pages: int64 [n] on the CPU, where the other pages go in the pool.
-        open_slot: int64 [1], slot for the rows of the last page; 0 if it holds none.
-        sink_slot: int64 [1], slot for the sink rows of page 0; 0 if it holds none.
+        pages: int64 [n], where the other pages go in the pool.
+        fence: `PoolAccess.fence` after the pages were allocated.
         store_metadata: Called with SGLang's record of the first token.
     """
 
@@ -37,14 +37,12 @@ class InTransfer:
         nonce: int,
         ticket: Ticket,
         prefix_pages: int,
-        pages: torch.Tensor,
-        open_slot: torch.Tensor,
-        sink_slot: torch.Tensor,
+        pages: PageIds,
+        fence: list[Any],
         store_metadata: Callable[[bytes], None],
     ) -> None:
         self.room, self.nonce, self.ticket = room, nonce, ticket
-        self.prefix_pages, self.pages = prefix_pages, pages
-        self.open_slot, self.sink_slot = open_slot, sink_slot
+        self.prefix_pages, self.pages, self.fence = prefix_pages, pages, fence
         self.store_metadata = store_metadata
         self.metadata: bytes | None = None
         self.parts: list[InPart] = []
@@ -82,7 +80,14 @@ class InPart:
         # What has been written: closed pages by layer, and the two kinds of 16-bit rows by layer.
         num_layers, num_pages = access.num_layers, len(transfer.pages)
         self._pages_left = np.ones((num_layers, num_pages), dtype=bool)
-        has_open, has_sink = bool(transfer.open_slot > 0), bool(transfer.sink_slot > 0)
+        sink_slot, open_slot = (
+            access.held_slots(transfer.pages, transfer.fence) if num_pages else (0, 0)
+        )
+        has_open, has_sink = open_slot > 0, sink_slot > 0
+        self._slots = {
+            BlockKind.OPEN_ROWS: np.array([open_slot]),
+            BlockKind.SINK_ROWS: np.array([sink_slot]),
+        }
         if num_pages and has_open:
             self._pages_left[:, -1] = False  # the last page arrives as rows
         closed_first = num_pages > (1 if has_open else 0) and transfer.prefix_pages == 0
@@ -128,9 +133,9 @@ class InPart:
             ChecksumError: the block must be sent again.
             WireError: the block does not belong into this transfer; nothing was written.
         """
-        self._check_header(header)
         if header.seq in self.received:
             return False
+        self._check_header(header)
         check_payload(header, payload)
         raw = decode_payload(header.codec, payload, header.raw_bytes)
         if header.kind is BlockKind.METADATA:
@@ -149,9 +154,11 @@ class InPart:
             raise WireError(f"block {header.seq}: made for another format or model")
         if header.kind is BlockKind.METADATA:
             return
-        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
-        if heads != self.heads:
-            raise WireError(f"block {header.seq}: heads {heads}, asked for {self.heads}")
+        if header.first_head != self.heads.first or header.num_heads != self.heads.count:
+            raise WireError(
+                f"block {header.seq}: {header.num_heads} heads from {header.first_head}, asked for "
+                f"{self.heads.count} from {self.heads.first}"
+            )
         if (
             header.num_layers == 0
             or header.first_layer + header.num_layers > self._access.num_layers
@@ -186,9 +193,7 @@ class InPart:
         if header.kind is BlockKind.PAGES:
             first = header.first_page - transfer.prefix_pages
             place = transfer.pages[first : first + header.num_pages]
-        elif header.kind is BlockKind.OPEN_ROWS:
-            place = transfer.open_slot
         else:
-            place = transfer.sink_slot
+            place = self._slots[header.kind]
         transfer.ticket.advance(lambda: self._access.write(header, raw, place))
         self._left(header)[:] = False

@@ -12,8 +12,9 @@ from sgl_kvq.errors import TransferError
 from sgl_kvq.host import CommonKVManager, KVPoll
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 from sgl_kvq.server_args import quant_config
-from sgl_kvq.transfer.blocks import PoolAccess, heads_of_rank
+from sgl_kvq.transfer.blocks import heads_of_rank
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.messages import Request
 from sgl_kvq.transfer.options import transfer_config
@@ -41,12 +42,13 @@ class KvqManager(CommonKVManager):
         self.access: Any = None
         self.refusals: dict[str, str] = {}
 
-    def start(self, pool: QuantizedKVPool, num_kv_heads: int) -> None:
+    def start(self, pool: QuantizedKVPool, num_kv_heads: int, forward_stream: Any) -> None:
         """Open the transfer thread; `plugin` calls this once the pool is known.
 
         Args:
             pool: Of this rank.
             num_kv_heads: KV heads of the model, over all ranks.
+            forward_stream: Stream that SGLang runs the model on.
 
         Raises:
             ConfigError: the address or the keys cannot be used.
@@ -55,7 +57,7 @@ class KvqManager(CommonKVManager):
         assert config is not None
         self.pool = pool
         heads = heads_of_rank(num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
-        self.access = PoolAccess(pool, heads)
+        self.access = open_pool(pool, heads, forward_stream)
         fingerprint = make_fingerprint(
             config,
             pool.layout,

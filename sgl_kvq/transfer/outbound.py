@@ -60,7 +60,7 @@ class Outbound:
         self.nonce = request.nonce
         self.heads = HeadRange(request.first_head, request.first_head + request.num_heads)
         self.pending: deque[int] = deque()
-        self.flights: dict[int, Flight] = {}
+        self.flights: dict[int, Flight] = {}  # in order of sending
         self.tries: dict[int, int] = {}
         self.acked: set[int] = set()
         self.done = False
@@ -96,16 +96,17 @@ class Outbound:
         Returns:
             Blocks that were lost and are queued again.
         """
-        landed = [self.flights[seq].order for seq in seqs if seq in self.flights]
+        newest = max((self.flights[seq].order for seq in seqs if seq in self.flights), default=-1)
         for seq in seqs:
-            if self._land(seq):
+            flight = self.flights.get(seq)
+            if flight is not None and self._land(seq):
+                self.room.bytes_landed += flight.wire_bytes
                 self.acked.add(seq)
                 self.tries.pop(seq, None)
-        if not landed:
-            return []
-        return self.send_again(
-            [seq for seq, flight in self.flights.items() if flight.order < max(landed)]
+        sent_before = itertools.takewhile(
+            lambda seq: self.flights[seq].order < newest, self.flights
         )
+        return self.send_again(list(sent_before))
 
     def send_again(self, seqs: list[int]) -> list[int]:
         """Queue blocks that were sent and not acknowledged; returns those that are."""
@@ -158,6 +159,8 @@ class OutRoom:
         self.request: Request | None = None  # the first one; all peers must agree with it
         self.opened = self.last_sign = time.monotonic()
         self.bytes_sent = 0
+        self.bytes_landed = 0
+        self.early_bytes = 0  # landed before the last chunk was there
 
     @property
     def all_asked(self) -> bool:
@@ -173,10 +176,23 @@ class OutRoom:
             and all(outbound.done for outbound in self.outbounds.values())
         )
 
+    def refusal(self, request: Request) -> str | None:
+        """Why a further decode rank cannot take part; None if it can."""
+        first = self.request
+        if first is None:
+            return None
+        if len(self.outbounds) >= first.peers:
+            return "this room is served to another decode instance"
+        same = (request.peers, request.prefix_pages, request.num_pages)
+        if same != (first.peers, first.prefix_pages, first.num_pages):
+            return "decode ranks disagree about this room"
+        return None
+
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
         first = len(self.blocks)
         self.blocks += blocks
-        self.complete = is_last
+        if is_last:
+            self.complete, self.early_bytes = True, self.bytes_landed
         for outbound in self.outbounds.values():
             outbound.enqueue(range(first, len(self.blocks)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import zmq
 
-from sgl_kvq.errors import ConfigError, KvqError, TransferError, WireError
+from sgl_kvq.errors import ConfigError, TransferError, WireError
 from sgl_kvq.transfer.auth import secure_server
-from sgl_kvq.transfer.blocks import Block, PoolAccess
-from sgl_kvq.transfer.handshake import check_fingerprint, digest
+from sgl_kvq.transfer.blocks import Block
+from sgl_kvq.transfer.handshake import check_fingerprint
 from sgl_kvq.transfer.messages import (
     Abort,
     Ack,
@@ -28,17 +27,11 @@ from sgl_kvq.transfer.messages import (
     pack_message,
     parse_message,
 )
-from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.outbound import MAX_ROOMS_A_PEER, MAX_TRIES, Outbound, OutRoom, Peer
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.pump import Pump
-from sgl_kvq.transfer.thread import (
-    ALIVE_S,
-    CONTROL,
-    FRAMES_A_ROUND,
-    Ticket,
-    TransferThread,
-)
+from sgl_kvq.transfer.thread import CONTROL, Ticket, TransferThread
 from sgl_kvq.transfer.wire import WIRE_VERSION
 
 logger = logging.getLogger(__name__)
@@ -74,14 +67,10 @@ class PrefillThread(TransferThread):
         on_sending: Callable[[int], None] = lambda room: None,
         on_success: Callable[[int], None] = lambda room: None,
     ) -> None:
-        super().__init__("kvq-transfer-prefill")
-        self.config, self.access, self.instance = config, access, instance
-        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
-        self.metrics = TransferMetrics("prefill")
+        super().__init__("prefill", config, access, fingerprint, instance)
         self.peers: dict[bytes, Peer] = {}
         self.rooms: dict[int, OutRoom] = {}
         self._on_asked, self._on_success = on_asked, on_success
-        self._next_alive = 0.0
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -176,17 +165,12 @@ class PrefillThread(TransferThread):
             logger.debug("kvq-zmq: room %d failed: %s", out.room, reason)
         self._drop(out, reason)
 
-    def receive(self, socket: zmq.Socket[bytes]) -> None:
-        """Take messages from any peer."""
-        with suppress(zmq.Again):
-            for _ in range(FRAMES_A_ROUND):
-                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
-                try:
-                    if len(frames) != 2 or frames[0] != CONTROL:
-                        raise WireError(f"expected a control message, got {len(frames)} frames")
-                    self._on_message(identity, parse_message(frames[1]))
-                except KvqError as error:
-                    logger.debug("kvq-zmq: message from %s dropped: %s", identity.hex(), error)
+    def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
+        """As the base: a control message of any peer."""
+        identity, *rest = frames
+        if len(rest) != 2 or rest[0].bytes != CONTROL:
+            raise WireError(f"expected a control message, got {len(rest)} frames")
+        self._on_message(identity.bytes, parse_message(rest[1].buffer))
 
     def _on_message(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Hello):
@@ -266,15 +250,7 @@ class PrefillThread(TransferThread):
         if out is None:
             rooms = sum(peer.identity in other.outbounds for other in self.rooms.values())
             return "too many rooms at once" if rooms >= MAX_ROOMS_A_PEER else None
-        first = out.request
-        if first is None:
-            return None
-        if len(out.outbounds) >= first.peers:
-            return "this room is served to another decode instance"
-        same = (request.peers, request.prefix_pages, request.num_pages)
-        if same != (first.peers, first.prefix_pages, first.num_pages):
-            return "decode ranks disagree about this room"
-        return None
+        return out.refusal(request)
 
     def _check_asked(self, out: OutRoom) -> None:
         ticket, request = out.ticket, out.request
@@ -313,11 +289,14 @@ class PrefillThread(TransferThread):
         self.metrics.finished("success")
         seconds = time.monotonic() - out.opened
         self.metrics.observe("transferring", seconds)
+        self.metrics.early_bytes.inc(out.early_bytes)
         logger.debug(
-            "kvq-zmq: room %d sent: %d blocks, %d bytes, %.3f s from arrival, %d peers",
+            "kvq-zmq: room %d sent: %d blocks, %d bytes (%d before prefill ended), %.3f s from "
+            "arrival, %d peers",
             out.room,
             len(out.blocks),
             out.bytes_sent,
+            out.early_bytes,
             seconds,
             len(out.outbounds),
         )
@@ -344,7 +323,7 @@ class PrefillThread(TransferThread):
                 self.peers[identity].reachable = False
 
     def tick(self) -> None:
-        """End rooms nobody has spoken of for too long; say which ones are alive."""
+        """End rooms nobody has spoken of for too long, forget peers that are gone."""
         now = time.monotonic()
         deadline_s = self.config.deadline_s
         for out in list(self.rooms.values()):
@@ -354,9 +333,6 @@ class PrefillThread(TransferThread):
             used = any(peer.identity in out.outbounds for out in self.rooms.values())
             if not used and now - peer.last_heard > 4 * deadline_s:
                 del self.peers[peer.identity]
-        if now >= self._next_alive:
-            self._next_alive = now + ALIVE_S
-            self._send_alive()
 
     def _silence(self, out: OutRoom) -> str:
         seconds = f"{self.config.deadline_s:g} s"
@@ -366,7 +342,8 @@ class PrefillThread(TransferThread):
             return f"no decode instance asked for this request within {seconds}"
         return f"the decode instance has been silent about this request for {seconds}"
 
-    def _send_alive(self) -> None:
+    def send_alive(self) -> None:
+        """As the base."""
         rooms: dict[bytes, list[list[int]]] = {}
         for out in self.rooms.values():
             if out.ticket is None or out.ticket.over:

@@ -7,24 +7,21 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.transfer.blocks import Block, PoolAccess
+from sgl_kvq.transfer.blocks import Block, HeadRange
 from sgl_kvq.transfer.codecs import get_codec
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.outbound import Outbound, OutRoom, Peer
+from sgl_kvq.transfer.pool_access import Bytes, PoolAccess
+from sgl_kvq.transfer.send_buffers import SendBuffers
 from sgl_kvq.transfer.thread import BLOCK, Ticket
-from sgl_kvq.transfer.wire import (
-    HEADER_BYTES,
-    BlockHeader,
-    BlockKind,
-    pack_header,
-    payload_checksum,
-)
+from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, payload_checksum
 
 logger = logging.getLogger(__name__)
 
 BLOCKS_A_ROUND = 8
+# As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
+_MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
 
 class Pump:
@@ -54,6 +51,7 @@ class Pump:
         self._window_bytes = config.window_bytes
         self._codec = get_codec(config.codec)
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
+        self._buffers = SendBuffers(access.new_buffer)
 
     def send_some(self, peers: Sequence[Peer]) -> bool:
         """Send a few blocks to each peer; True if one has more that fits its window."""
@@ -92,11 +90,12 @@ class Pump:
         return True
 
     def _send(self, out: OutRoom, outbound: Outbound, seq: int, ticket: Ticket) -> None:
-        block = out.blocks[seq]
-        raw = self._access.read(block, outbound.heads)
-        if ticket.over:
-            return  # the pages may have been given to another request while they were read
+        block, heads = out.blocks[seq], outbound.heads
+        raw, buffer = self._read(block, heads)
         payload = self._codec.encode(raw)
+        checksum = payload_checksum([payload])
+        if ticket.over:
+            return  # the pages may have been given to another request before they were hashed
         header = BlockHeader(
             kind=block.kind,
             codec=self._codec.id,
@@ -105,29 +104,41 @@ class Pump:
             fingerprint=self._digest,
             seq=seq,
             first_page=block.first_page,
-            num_pages=len(block.pages),
+            num_pages=block.num_pages,
             first_layer=block.first_layer,
             num_layers=block.num_layers,
-            first_head=outbound.heads.first,
-            num_heads=outbound.heads.count,
+            first_head=heads.first,
+            num_heads=heads.count,
             num_rows=block.num_rows,
             raw_bytes=len(raw),
             wire_bytes=len(payload),
-            checksum=payload_checksum([payload]),
+            checksum=checksum,
         )
         for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
-            self._socket.send(frame, zmq.SNDMORE | zmq.NOBLOCK)
-        self._socket.send(payload, zmq.NOBLOCK, copy=False)
+            self._socket.send(frame, _MORE)
+        tracker = self._socket.send(payload, _LAST, copy=False, track=buffer is not None)
+        if buffer is not None:
+            assert tracker is not None
+            self._buffers.give(buffer, tracker)
         outbound.sent(seq, len(payload))
         if out.bytes_sent == 0:
             ticket.advance(lambda: self._on_sending(out.room))
         out.bytes_sent += len(payload)
-        self._count(block, len(payload), outbound.heads.count / self._access.heads.count)
+        self._metrics.count_block(
+            block.kind,
+            len(payload),
+            block.num_pages * block.num_layers * heads.count,
+            self._access.num_layers * self._access.heads.count,
+        )
 
-    def _count(self, block: Block, wire_bytes: int, share_of_heads: float) -> None:
-        self._metrics.blocks.inc()
-        self._metrics.wire_bytes[block.kind].inc(wire_bytes)
-        self._metrics.header_bytes.inc(HEADER_BYTES + len(BLOCK))
-        if block.kind is BlockKind.PAGES:
-            share = share_of_heads * block.num_layers / self._access.num_layers
-            self._metrics.closed_page_tokens.inc(PAGE_SIZE * len(block.pages) * share)
+    def _read(self, block: Block, heads: HeadRange) -> tuple[Buffer, Bytes | None]:
+        """A block's payload, and the buffer it was read into; None if it lies in the pool."""
+        if block.kind is BlockKind.METADATA:
+            return block.data, None
+        view = self._access.view(block, heads)
+        if view is not None:
+            return view.data, None
+        nbytes = self._access.payload_bytes(block, heads)
+        buffer = self._buffers.take(nbytes)
+        self._access.read(block, heads, buffer[:nbytes])
+        return buffer[:nbytes].data, buffer

@@ -13,15 +13,22 @@ from contextlib import suppress
 
 import zmq
 
-from sgl_kvq.transfer.messages import MAX_MESSAGE_BYTES
+from sgl_kvq.errors import KvqError
+from sgl_kvq.transfer.handshake import digest
+from sgl_kvq.transfer.messages import MAX_MESSAGE_BYTES, Fingerprint
+from sgl_kvq.transfer.metrics import TransferMetrics
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ALIVE_S = 1.0
-FRAMES_A_ROUND = 64
+MESSAGES_A_ROUND = 64
+MAX_FRAMES = 4
 CONTROL, BLOCK = b"C", b"B"
+_NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's flags are an enum, whose operators are slow
 
 
 class Ticket:
@@ -62,10 +69,28 @@ class Ticket:
 
 
 class TransferThread(threading.Thread):
-    """Runs posted commands, received messages and a tick; nothing else touches the sockets."""
+    """Runs posted commands, received messages and a tick; nothing else touches the sockets.
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name, daemon=True)
+    Args:
+        side: "prefill" or "decode".
+        config: The options.
+        access: The pool of this rank.
+        fingerprint: What the other side must have in common.
+        instance: Drawn by this process, uint64.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        config: TransferConfig,
+        access: PoolAccess,
+        fingerprint: Fingerprint,
+        instance: int,
+    ) -> None:
+        super().__init__(name=f"kvq-transfer-{side}", daemon=True)
+        self.config, self.access, self.instance = config, access, instance
+        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
+        self.metrics = TransferMetrics(side)
         self.context = zmq.Context()
         self.poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -101,7 +126,7 @@ class TransferThread(threading.Thread):
     def run(self) -> None:
         """Loop until `stop`."""
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        next_tick = time.monotonic()
+        next_tick = next_alive = time.monotonic()
         try:
             while not self._stopping.is_set():
                 wait_s = 0.0 if self.work() else max(0.0, next_tick - time.monotonic())
@@ -113,9 +138,14 @@ class TransferThread(threading.Thread):
                     self._guard(self._commands.popleft())
                 for socket in ready:
                     self._guard(lambda socket=socket: self.receive(socket))  # type: ignore[misc]
-                if time.monotonic() >= next_tick:
+                now = time.monotonic()
+                if now >= next_tick:
                     self._guard(self.tick)
-                    next_tick = time.monotonic() + TICK_S
+                    self.metrics.flush()
+                    next_tick = now + TICK_S
+                if now >= next_alive:
+                    self._guard(self.send_alive)
+                    next_alive = now + ALIVE_S
         finally:
             self._guard(self.close)
             os.close(self._wake)
@@ -128,18 +158,52 @@ class TransferThread(threading.Thread):
         except Exception:
             logger.exception("kvq-zmq: a step of the transfer thread failed")
 
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        """Take a bounded number of messages from a readable socket; bad ones are dropped."""
+        with suppress(zmq.Again):
+            for _ in range(MESSAGES_A_ROUND):
+                frames = _receive_frames(socket)
+                try:
+                    self.on_frames(socket, frames)
+                except KvqError as error:
+                    self.metrics.refused.inc()
+                    logger.debug("kvq-zmq: message dropped: %s", error)
+
+    def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
+        """Handle one message.
+
+        Raises:
+            KvqError: it makes no sense; nothing was changed.
+        """
+        raise NotImplementedError
+
     def work(self) -> bool:
         """Do a bounded piece of queued work; True if more is left."""
         return False
-
-    def receive(self, socket: zmq.Socket[bytes]) -> None:
-        """Take a bounded number of messages from a readable socket."""
-        raise NotImplementedError
 
     def tick(self) -> None:
         """Look after deadlines; every `TICK_S`."""
         raise NotImplementedError
 
+    def send_alive(self) -> None:
+        """Tell every peer what this side works on; every `ALIVE_S`."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Fail what is open and close the sockets."""
         raise NotImplementedError
+
+
+def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """A message as it lies in ZeroMQ's memory; of too many frames only so many that it shows.
+
+    Raises:
+        zmq.Again: there is none.
+    """
+    frames = [socket.recv(_NOBLOCK, copy=False)]
+    while frames[-1].more:
+        frame = socket.recv(copy=False)
+        if len(frames) > MAX_FRAMES:
+            frames.pop()
+        frames.append(frame)
+    return frames

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import xxhash
 
@@ -38,8 +38,10 @@ class BlockKind(IntEnum):
     METADATA = 3
 
 
-@dataclass(frozen=True)
-class BlockHeader:
+_KINDS = tuple(BlockKind)
+
+
+class BlockHeader(NamedTuple):
     """What a payload is, where it belongs, and its checksum.
 
     Args:
@@ -86,26 +88,7 @@ def pack_header(header: BlockHeader) -> bytes:
         WireError: a field does not fit its width.
     """
     try:
-        body = _BODY.pack(
-            MAGIC,
-            WIRE_VERSION,
-            header.kind,
-            header.codec,
-            header.room,
-            header.nonce,
-            header.fingerprint,
-            header.seq,
-            header.first_page,
-            header.num_pages,
-            header.first_layer,
-            header.num_layers,
-            header.first_head,
-            header.num_heads,
-            header.num_rows,
-            header.raw_bytes,
-            header.wire_bytes,
-            header.checksum,
-        )
+        body = _BODY.pack(MAGIC, WIRE_VERSION, *header)
     except struct.error as error:
         raise WireError(f"block header: expected fields within their widths, got {error}") from None
     return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
@@ -131,9 +114,9 @@ def parse_header(data: Buffer) -> BlockHeader:
             f"block header: expected wire version {WIRE_VERSION}, got {version}; install the same "
             f"sgl_kvq on both instances"
         )
-    if kind not in BlockKind._value2member_map_:
-        raise WireError(f"block header: expected kind 0 to {max(BlockKind)}, got {kind}")
-    header = BlockHeader(BlockKind(kind), *rest)
+    if kind >= len(_KINDS):
+        raise WireError(f"block header: expected kind 0 to {len(_KINDS) - 1}, got {kind}")
+    header = BlockHeader(_KINDS[kind], *rest)
     if max(header.raw_bytes, header.wire_bytes) > MAX_BLOCK_BYTES:
         raise WireError(
             f"block header: expected at most {MAX_BLOCK_BYTES} payload bytes, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.kv_memory import ModelShape, kv_flags
 from benchmarks.serving import __main__ as driver
+from benchmarks.serving.counters import pool_problems, quantile
 from benchmarks.serving.model_folder import make_folder
 from benchmarks.serving.workloads import make_workloads
 
@@ -83,3 +85,51 @@ def test_a_second_run_goes_on_with_what_is_missing(
     started.clear()
     driver.main([*argv, "--scale", "0.5"])
     assert started == [("bf16", names), ("hack2", names)]  # another size, another measurement
+
+
+def test_quantiles_of_what_a_histogram_gained() -> None:
+    before = {0.1: 5.0, 0.2: 5.0, 0.4: 5.0, math.inf: 5.0}
+    after = {0.1: 5.0, 0.2: 15.0, 0.4: 25.0, math.inf: 25.0}
+    assert quantile(before, after, 0.25) == pytest.approx(0.15)
+    assert quantile(before, after, 0.5) == pytest.approx(0.2)
+    assert quantile(before, after, 0.75) == pytest.approx(0.3)
+    assert quantile(before, before, 0.5) is None
+    assert quantile(before, {**after, math.inf: 45.0}, 0.99) is None
+
+
+def test_contradictions_among_the_pool_s_metrics_are_found() -> None:
+    right = {
+        "closed_pages": 30,
+        "open_pages": 4,
+        "free_pages": 6,
+        "tokens_held": 34 * 64,
+        "bytes_per_token": 84,
+        "pool_bytes": 400_000,
+        "open_slots": 4,
+        "sink_slots": 9,
+        "sink_slots_used": 9,
+        "contained_elements_total": 0,
+    }
+    assert pool_problems(right) == []
+    for name, value in (
+        ("open_pages", 5),
+        ("sink_slots_used", 10),
+        ("free_pages", -1),
+        ("tokens_held", 33 * 64),
+        ("pool_bytes", 100_000),
+        ("contained_elements_total", 1),
+    ):
+        assert pool_problems({**right, name: value})
+    assert (
+        "open_slots missing" in pool_problems({k: right[k] for k in right if k != "open_slots"})[0]
+    )
+
+
+def test_one_limit_for_each_workload(folder: Path, tmp_path: Path) -> None:
+    argv = ["--model", str(folder), "--out", str(tmp_path / "serving.csv")]
+    argv += ["--workloads", "256/1024 x64", "shared-prefix", "--prompts-per-prefix", "3"]
+    bench = driver.Bench(driver.parse_args([*argv, "--limit-s", "20", "30"]))
+    assert [workload.timeout_s for workload in bench._workloads] == [20, 30]
+    assert bench._workloads[1].num_prompts == 3 * bench._workloads[1].num_prefixes
+    with pytest.raises(SystemExit):
+        driver.parse_args([*argv, "--limit-s", "20", "30", "40"])

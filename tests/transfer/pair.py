@@ -16,8 +16,9 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
-from sgl_kvq.transfer.blocks import Block, HeadRange, PoolAccess, cut_pages, heads_of_rank
+from sgl_kvq.transfer.blocks import Block, HeadRange, cut_pages, cut_rows, heads_of_rank
 from sgl_kvq.transfer.decode_link import DecodeThread
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
@@ -99,7 +100,7 @@ class PrefillSide:
         self.asked: list[int] = []
         self.thread = PrefillThread(
             config,
-            PoolAccess(self.pool, self.heads),
+            open_pool(self.pool, self.heads),
             fingerprint(self.pool, format_name, weights),
             secrets.randbits(64),
             on_asked=lambda room, request: self.asked.append(room),
@@ -122,19 +123,18 @@ class PrefillSide:
     def send(self, room: int, pages: torch.Tensor, num_tokens: int, first_page: int = 0) -> None:
         """Send a whole prompt at once; `pages` holds those from `first_page` on."""
         self.thread.expect_pages(room, len(pages))
-        pages = pages.to(self.pool.device)
+        places = pages.numpy()
         num_rows = num_tokens % PAGE_SIZE
-        closed = pages[:-1] if num_rows and len(pages) else pages
-        layers = {"num_layers": NUM_LAYERS}
+        closed = places[:-1] if num_rows and len(places) else places
+        row_bytes = self.thread.access.row_bytes(self.heads)
+        sizes = (NUM_LAYERS, row_bytes, self.config.block_bytes)
         blocks: list[Block] = []
         if first_page == 0 and len(closed):
-            slot = self.pool.sink_slots.slot_of[pages[:1]]
-            blocks.append(Block(BlockKind.SINK_ROWS, num_rows=SINK_TOKENS, slot=slot, **layers))
+            blocks += cut_rows(BlockKind.SINK_ROWS, places[:1], SINK_TOKENS, *sizes)
         page_bytes = self.pool.layout.page_bytes
         blocks += cut_pages(first_page, closed, NUM_LAYERS, page_bytes, self.config.block_bytes)
-        if num_rows and len(pages):
-            slot = self.pool.open_slots.slot_of[pages[-1:]]
-            blocks.append(Block(BlockKind.OPEN_ROWS, num_rows=num_rows, slot=slot, **layers))
+        if num_rows and len(places):
+            blocks += cut_rows(BlockKind.OPEN_ROWS, places[-1:], num_rows, *sizes)
         blocks.append(Block(BlockKind.METADATA, data=METADATA))
         self.thread.add_blocks(room, blocks, True)
 
@@ -161,7 +161,7 @@ class DecodeSide:
         self.endpoints: dict[int, list[str]] = {}
         self.thread = DecodeThread(
             config,
-            PoolAccess(self.pool, self.heads),
+            open_pool(self.pool, self.heads),
             fingerprint(self.pool, format_name, weights),
             secrets.randbits(64),
             on_success=self._success,
@@ -182,23 +182,15 @@ class DecodeSide:
     def wait_ready(self, endpoint: str) -> None:
         wait_for(lambda: self.thread.link_state(endpoint)[0] is LinkState.READY)
 
-    def start(
-        self, room: int, pages: torch.Tensor, num_tokens: int, prefix_pages: int = 0, peers: int = 1
-    ) -> None:
+    def start(self, room: int, pages: torch.Tensor, prefix_pages: int = 0, peers: int = 1) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
-        zero = torch.zeros(1, dtype=torch.int64)
-        open_slots, sink_slots = self.pool.open_slots, self.pool.sink_slots
-        here = pages.to(self.pool.device)
         transfer = InTransfer(
             room,
             self.nonces[room],
             self.outcomes[room].ticket,
             prefix_pages,
-            pages,
-            open_slots.held_slot(here[-1:]).cpu()
-            if num_tokens % PAGE_SIZE and len(pages)
-            else zero,
-            sink_slots.held_slot(here[:1]).cpu() if prefix_pages == 0 and len(pages) else zero,
+            pages.numpy(),
+            self.thread.access.fence(),
             lambda data: self.metadata.__setitem__(room, data),
         )
         self.thread.start_transfer(transfer, self.endpoints[room], peers)
@@ -230,17 +222,17 @@ def assert_equal(
     pairs = zip(source.pool.layers, target.pool.layers, strict=True)
     for mine, other in pairs:
         assert torch.equal(
-            mine.pages[sent[closed], ours.start * width : ours.stop * width],
-            other.pages[got[closed], theirs.start * width : theirs.stop * width],
+            mine.pages[sent[closed], ours.start * width : ours.stop * width].cpu(),
+            other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),
         )
         if num_rows:
             a = mine.open_rows[source.pool.open_slots.slot_of[sent[-1]], :, :num_rows, ours]
             b = other.open_rows[target.pool.open_slots.slot_of[got[-1]], :, :num_rows, theirs]
-            assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
             a = mine.sink_rows[source.pool.sink_slots.slot_of[sent[0]], :, :, ours]
             b = other.sink_rows[target.pool.sink_slots.slot_of[got[0]], :, :, theirs]
-            assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 
 @contextmanager

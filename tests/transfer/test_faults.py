@@ -37,7 +37,7 @@ class Lab:
     def begin(self, room: int, side: DecodeSide, endpoint: str) -> tuple[Outcome, Outcome, Any]:
         out, result = self.prefill.open(room), side.announce(room, [endpoint])
         got = take_pages(side.pool, NUM_TOKENS, 1 + 16 * (room % 3))
-        side.start(room, got, NUM_TOKENS)
+        side.start(room, got)
         return out, result, got
 
     def finish(self, out: Outcome, result: Outcome) -> None:
@@ -214,7 +214,7 @@ def test_any_bytes_leave_both_sides_running(lab: Lab) -> None:
     lab.decode.announce(9, [f"tcp://127.0.0.1:{port}"])
     identity, *_ = false.recv_multipart()
     untouched = [layer.pages.clone() for layer in lab.decode.pool.layers]
-    fields = {field.name: 1 for field in dataclasses.fields(BlockHeader)} | {"kind": 0}
+    fields = dict.fromkeys(BlockHeader._fields, 1) | {"kind": 0}
     fields |= {"fingerprint": lab.decode.thread.digest, "nonce": lab.decode.nonces[1]}
     for number in range(300):
         header = bytearray(pack_header(BlockHeader(**(fields | {"seq": number}))))
@@ -223,7 +223,7 @@ def test_any_bytes_leave_both_sides_running(lab: Lab) -> None:
         payload = generator.randbytes(generator.randrange(100))
         false.send_multipart([identity, b"B", bytes(header), payload])
         false.send_multipart([identity, *[generator.randbytes(9)] * generator.randrange(5), b""])
-    wait_for(lambda: lab.decode.thread.metrics.refused_blocks._value.get() > 100)
+    wait_for(lambda: lab.decode.thread.metrics.refused._value.get() > 100)
     for layer, old in zip(lab.decode.pool.layers, untouched, strict=True):
         assert torch.equal(layer.pages, old)
     lab.prefill.send(1, lab.sent, NUM_TOKENS)

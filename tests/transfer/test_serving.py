@@ -26,6 +26,7 @@ NEW_TOKENS = 8
 MEMORY_GB = 0.2
 # SGLang against itself in other batches: see tests/serving/test_control.py.
 LOGPROB_BUDGET = 0.3
+FLOAT64_BUDGET = 1e-4  # logprobs come back in float32
 VARIANTS = {
     "bf16": (["--kv-quant", "bf16"], True),
     "hack4": (["--kv-quant", "hack4"], False),
@@ -149,6 +150,72 @@ def test_pd_equals_one_server(
     assert wire / after[page_tokens] <= 1.01 * pool_bytes
     assert total["sgl_kvq:transfer_transfers_total:success"] == len(prompts) + 1 + len(crowd)
     assert not total.get("sgl_kvq:transfer_checksum_failures_total")
+
+
+@pytest.fixture
+def in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers run their model in float64, by a plugin of SGLang that only they find."""
+    folder = tmp_path / "plugin"
+    dist_info = folder / "double_weights-1.dist-info"
+    dist_info.mkdir(parents=True)
+    (folder / "double_weights.py").write_text(DOUBLE_WEIGHTS)
+    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: double_weights\nVersion: 1\n")
+    (dist_info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ndouble_weights = double_weights:register\n"
+    )
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+DOUBLE_WEIGHTS = """
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+
+def register():
+    def load_model(original, runner, *args, **kwargs):
+        result = original(runner, *args, **kwargs)
+        runner.model.double()
+        return result
+
+    target = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+    HookRegistry.register(target, load_model, HookType.AROUND)
+"""
+
+
+@pytest.mark.usefixtures("cpu", "in_float64")
+@pytest.mark.parametrize(("kv_format", "with_radix"), [("hack4", False), ("hack2", True)])
+def test_sixteen_at_once_equal_one_server(
+    kv_format: str,
+    with_radix: bool,
+    tiny_model_path: str,
+    text_ids: list[int],
+    tmp_path: Path,
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """In float64 batches of any composition give the same codes: see test_invariance."""
+    crowd = [text_ids[100 * i : 100 * i + 40 + 23 * i] for i in range(16)]
+    crowd[8:12] = [text_ids[:256] + prompt for prompt in crowd[8:12]]  # with a shared prefix
+    flags = ["--kv-quant", kv_format, "--kv-quant-prefill", "quantized", "--dtype", "float32"]
+    common = ["--chunked-prefill-size", "256", "--max-running-requests", "4", "--random-seed", "0"]
+    common += ["--kv-quant-memory-gb", "0.02", "--enable-metrics", *flags]
+    decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
+    with (
+        launch_pd(tiny_model_path, common, tmp_path, decode_flags=decode_flags) as cluster,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        answers = list(pool.map(lambda prompt: ask(cluster, prompt), crowd))
+        assert_nothing_is_held(cluster, with_radix)
+    scheduler = start_scheduler(
+        tiny_model_path,
+        chunked_prefill_size=256,
+        max_running_requests=4,
+        kv_quant_memory_gb=0.02,
+        **options(flags),
+    )
+    scheduler.scheduler.tp_worker.model_runner.model.double()
+    expected = [scheduler.generate([prompt], NEW_TOKENS)[0] for prompt in crowd]
+    assert [answer.output_ids for answer in answers] == [result.output_ids for result in expected]
+    assert logprob_differences(answers, expected, FLOAT64_BUDGET).max() < FLOAT64_BUDGET
 
 
 def test_kill_and_restart_of_either_instance(
