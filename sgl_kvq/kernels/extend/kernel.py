@@ -16,6 +16,7 @@ from sgl_kvq.kernels._layouts import (
 )
 from sgl_kvq.kernels._rotation import rotate_tile
 from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
+from sgl_kvq.kernels.extend.pages import is_packed, page_planes
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 # Arguments whose address must not make Triton compile another variant.
@@ -105,6 +106,12 @@ def _fill_tensor(
         if CODING.num_bits == 16:
             row_ptr = (head_ptr + CODING.codes).to(tl.pointer_type(out_ptr.dtype.element_ty))
             x = tl.load(row_ptr + tokens[:, None] * D + channel[None, :], mask=valid[None, :])
+        elif is_packed(SPEC, CODING):
+            x = page_planes(head_ptr, which == 0, CODING, SPEC, out_ptr.dtype.element_ty)
+            if which == 0:
+                x = tl.reshape(tl.permute(x, (0, 2, 1)), [PAGE, D])
+            else:
+                x = tl.reshape(tl.permute(x, (1, 2, 0)), [PAGE, D])
         else:
             x = _dequantize(head_ptr, tokens, position, channel, valid, CODING, which == 0, SPEC)
         x = x.to(out_ptr.dtype.element_ty)

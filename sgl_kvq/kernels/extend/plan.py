@@ -2,7 +2,8 @@
 
 Keys of a batch are laid out in the scratch buffer page by page: closed pages from their codes,
 pages this step writes to from their 16-bit rows. Requests share a pass while they fit; a prefix
-larger than the buffer is attended to in several passes, whose results are merged by LSE.
+larger than the buffer is attended to in several passes, whose results are merged by LSE. Prefixes
+of few fresh tokens do not come there: the fused kernel reads them as they are (`split.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sgl_kvq.config import PAGE_SIZE
-
-IntArray = npt.NDArray[np.int32]
+from sgl_kvq.kernels.extend.split import FusedLimits, FusedPlan, IntArray, plan_fused
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,14 @@ class ExtendPlan:
         touched: Pages that get fresh rows.
         resumed_requests: int32 [m], requests whose first touched page has rows of earlier steps.
         passes: In the order to run them.
+        fused: Prefixes for the fused kernel, which runs after the passes.
         scratch_pages: Largest number of pages a pass fills.
     """
 
     touched: TouchedPlan
     resumed_requests: IntArray
     passes: list[AttentionPass]
+    fused: FusedPlan
     scratch_pages: int
 
 
@@ -109,6 +110,7 @@ class _Request:
     q_start: int
     touched_start: int
     quantized: bool
+    fused: bool
 
     @property
     def first_touched(self) -> int:
@@ -128,6 +130,11 @@ class _Request:
         return self.last_page if self.quantized else self.first_touched
 
     @property
+    def scratch_prefix(self) -> int:
+        """Pages before those it touches that go through the scratch buffer: all or none."""
+        return 0 if self.fused else self.first_touched
+
+    @property
     def final_pages(self) -> int:
         """Pages that must share one pass with the queries' own pages: its mask cannot be cut."""
         return self.num_closed - self.first_touched + self.num_touched
@@ -136,9 +143,18 @@ class _Request:
     def q_end(self) -> int:
         return self.q_start + self.seq_len - self.prefix_len
 
+    def rows_until(self, page: int) -> int:
+        """Fresh tokens before a page."""
+        end = min(max(page * PAGE_SIZE, self.prefix_len), self.seq_len)
+        return end - self.prefix_len
+
 
 def plan_extend(
-    prefix_lens: list[int], extend_lens: list[int], quantized_prefill: bool, max_pages: int
+    prefix_lens: list[int],
+    extend_lens: list[int],
+    quantized_prefill: bool,
+    max_pages: int,
+    limits: FusedLimits | None = None,
 ) -> ExtendPlan:
     """Plan a batch.
 
@@ -149,21 +165,31 @@ def plan_extend(
             step; otherwise only those closed before it.
         max_pages: Pages of the scratch buffer; a request whose causal part alone needs more gets
             a larger pass (`ExtendPlan.scratch_pages` says how large).
+        limits: Of the fused kernel; None: all prefixes go through the scratch buffer.
     """
     requests = []
     q_start = touched_start = 0
     for index, (prefix_len, extend_len) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
         seq_len = prefix_len + extend_len
-        request = _Request(index, prefix_len, seq_len, q_start, touched_start, quantized_prefill)
+        fused = limits is not None and limits.takes(extend_len, prefix_len // PAGE_SIZE)
+        request = _Request(
+            index, prefix_len, seq_len, q_start, touched_start, quantized_prefill, fused
+        )
         requests.append(request)
         q_start += extend_len
         touched_start += request.num_touched
     resumed = [request for request in requests if request.prefix_len % PAGE_SIZE]
     passes = _plan_passes(requests, max_pages)
+    fused_requests = [
+        (request.index, request.q_start, request.q_end - request.q_start, request.first_touched)
+        for request in requests
+        if request.fused
+    ]
     return ExtendPlan(
         touched=_touched(requests, {request.index: n for n, request in enumerate(resumed)}),
         resumed_requests=np.array([request.index for request in resumed], np.int32),
         passes=passes,
+        fused=plan_fused(fused_requests, limits),
         scratch_pages=max(len(step.fills.page) for step in passes),
     )
 
@@ -185,7 +211,7 @@ def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass
     """Requests share passes while they fit; of one that does not the prefix is cut.
 
     Exact mode attends to prefix and fresh rows in one causal pass. Quantized mode takes the prefix,
-    which all fresh tokens see, in a pass of its own, because its last one is slower.
+    which all fresh tokens see, in a pass of its own: contiguous keys are faster than pages.
     """
     passes: list[AttentionPass] = []
     group: list[_Request] = []
@@ -201,7 +227,7 @@ def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass
 
 
 def _fit(group: list[_Request], max_pages: int) -> bool:
-    prefix = sum(request.first_touched for request in group)
+    prefix = sum(request.scratch_prefix for request in group)
     final = sum(request.final_pages for request in group)
     if group[0].quantized:
         return max(prefix, final) <= max_pages
@@ -214,10 +240,9 @@ def _group_passes(group: list[_Request]) -> list[AttentionPass]:
         return []
     if not group[0].quantized:
         return [_causal_pass(group, 0)]
-    if not any(request.first_touched for request in group):
-        return [_paged_pass(group, merges=False)]
-    longest = max(request.first_touched for request in group)
-    return [_leading_pass(group, 0, longest), _paged_pass(group, merges=True)]
+    longest = max(request.scratch_prefix for request in group)
+    leading = [_leading_pass(group, 0, longest)] if longest else []
+    return [*leading, *_quantized_passes(group, merges=bool(leading))]
 
 
 def _long_passes(request: _Request, max_pages: int) -> list[AttentionPass]:
@@ -231,7 +256,7 @@ def _long_passes(request: _Request, max_pages: int) -> list[AttentionPass]:
         for begin in range(0, num_leading, room)
     ]
     if request.quantized:
-        return [*passes, _paged_pass([request], merges=True)]
+        return [*passes, *_quantized_passes([request], merges=True)]
     return [*passes, _causal_pass([request], num_leading)]
 
 
@@ -240,7 +265,7 @@ def _leading_pass(group: list[_Request], begin: int, end: int) -> AttentionPass:
     fills: list[FillPlan] = []
     kv_lens: list[int] = []
     for request in group:
-        last = min(end, request.first_touched)
+        last = min(end, request.scratch_prefix)
         fills.append(_closed_fill(request, begin, last, sum(kv_lens)))
         kv_lens.append((last - begin) * PAGE_SIZE)
     return _ragged_pass(group, fills, kv_lens, causal=False, merges=begin > 0)
@@ -252,9 +277,10 @@ def _causal_pass(group: list[_Request], begin: int) -> AttentionPass:
     kv_lens: list[int] = []
     for request in group:
         target = sum(kv_lens)
-        fills.append(_closed_fill(request, begin, request.num_closed, target))
-        fills.append(_touched_fill(request, target + (request.num_closed - begin) * PAGE_SIZE))
-        kv_lens.append(request.seq_len - begin * PAGE_SIZE)
+        first = request.num_closed if request.fused else begin
+        fills.append(_closed_fill(request, first, request.num_closed, target))
+        fills.append(_touched_fill(request, target + (request.num_closed - first) * PAGE_SIZE))
+        kv_lens.append(request.seq_len - first * PAGE_SIZE)
     return _ragged_pass(group, fills, kv_lens, causal=True, merges=begin > 0)
 
 
@@ -274,28 +300,66 @@ def _ragged_pass(
     )
 
 
-def _paged_pass(group: list[_Request], merges: bool) -> AttentionPass:
-    """Quantized prefill: the queries of each page are a sequence of their own.
+def _quantized_passes(group: list[_Request], merges: bool) -> list[AttentionPass]:
+    """Quantized prefill of the pages this step touches, each seen in codes by those after it.
 
-    Of the pages this step touches they see those before theirs in codes and their own in 16 bits,
-    so that sequences of one request share pages of the scratch buffer.
+    Two pages of queries, a whole tile of FlashInfer's fa3, share the codes of the pages before
+    both. What is left for a page is its own rows and, if it is the second one, the first's codes.
     """
+    if all(request.num_closed - request.first_touched < 2 for request in group):
+        return [_own_pass(group, merges)]
+    return [_pairs_pass(group, merges), _own_pass(group, merges=True)]
+
+
+def _pairs_pass(group: list[_Request], merges: bool) -> AttentionPass:
+    """Queries of two pages a sequence, against the codes of the touched pages before both."""
+    fills: list[FillPlan] = []
+    qo_lens, kv_pages = [], []
+    next_page = 0
+    for request in group:
+        first = request.first_touched
+        num_pages = (request.num_closed - first) // 2 * 2
+        fills.append(_closed_fill(request, first, first + num_pages, next_page * PAGE_SIZE))
+        pages = next_page + np.arange(num_pages, dtype=np.int32)
+        for page in range(first, request.last_page + 1, 2):
+            qo_lens.append(request.rows_until(page + 2) - request.rows_until(page))
+            kv_pages.append(pages[: page - first])
+        next_page += num_pages
+    last_lens = [PAGE_SIZE if len(pages) else 0 for pages in kv_pages]
+    return _paged_pass(group, fills, qo_lens, kv_pages, last_lens, causal=False, merges=merges)
+
+
+def _own_pass(group: list[_Request], merges: bool) -> AttentionPass:
+    """Queries of one page a sequence: the codes of the first of its pair, its own 16-bit rows."""
     fills: list[FillPlan] = []
     qo_lens, kv_pages, last_lens = [], [], []
     next_page = 0
     for request in group:
         first = request.first_touched
-        closed = next_page + np.arange(request.num_closed - first, dtype=np.int32)
-        own = next_page + len(closed)
-        fills.append(_closed_fill(request, first, request.num_closed, next_page * PAGE_SIZE))
+        codes = np.arange(first, request.num_closed, 2, dtype=np.int32)
+        own = next_page + len(codes)
+        fills.append(_page_fill(request, codes, next_page * PAGE_SIZE))
         fills.append(_touched_fill(request, own * PAGE_SIZE))
-        for page in range(first, request.last_page + 1):
-            end = min(request.seq_len, (page + 1) * PAGE_SIZE)
-            qo_lens.append(end - max(request.prefix_len, page * PAGE_SIZE))
-            own_page = np.array([own + page - first], np.int32)
-            kv_pages.append(np.concatenate([closed[: page - first], own_page]))
-            last_lens.append(end - page * PAGE_SIZE)
+        for n in range(request.num_touched):
+            page = first + n
+            qo_lens.append(request.rows_until(page + 1) - request.rows_until(page))
+            before = [next_page + n // 2] if n % 2 else []
+            kv_pages.append(np.array([*before, own + n], np.int32))
+            last_lens.append(min(request.seq_len - page * PAGE_SIZE, PAGE_SIZE))
         next_page = own + request.num_touched
+    return _paged_pass(group, fills, qo_lens, kv_pages, last_lens, causal=True, merges=merges)
+
+
+def _paged_pass(
+    group: list[_Request],
+    fills: list[FillPlan],
+    qo_lens: list[int],
+    kv_pages: list[IntArray],
+    last_lens: list[int],
+    causal: bool,
+    merges: bool,
+) -> AttentionPass:
+    """Sequences that share pages of the scratch buffer."""
     return AttentionPass(
         fills=_fills(fills),
         q_begin=group[0].q_start,
@@ -304,14 +368,17 @@ def _paged_pass(group: list[_Request], merges: bool) -> AttentionPass:
         kv_indptr=_indptr([len(pages) for pages in kv_pages]),
         kv_indices=np.concatenate(kv_pages),
         kv_last_page_len=np.array(last_lens, np.int32),
-        causal=True,
+        causal=causal,
         merges=merges,
     )
 
 
 def _closed_fill(request: _Request, begin: int, end: int, target: int) -> FillPlan:
-    page = np.arange(begin, end, dtype=np.int32)
-    places = target + (page - begin) * PAGE_SIZE
+    return _page_fill(request, np.arange(begin, end, dtype=np.int32), target)
+
+
+def _page_fill(request: _Request, page: IntArray, target: int) -> FillPlan:
+    places = target + np.arange(len(page), dtype=np.int32) * PAGE_SIZE
     return FillPlan(np.full_like(page, request.index), page, np.full_like(page, -1), places)
 
 
