@@ -12,9 +12,7 @@ from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 
-CLOSE_PROGRAMS = 1024  # more than run at once on any GPU
-NUM_WARPS = 8
-MAX_REGISTERS = 128  # two programs a multiprocessor
+CLOSE_PROGRAMS = 1024  # of eight warps; more than run at once on any GPU
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def append(
         touched.end, touched.start, touched.is_first,
         cache.pages, cache.open_rows, prior_rows, cache.sink_rows, num_contained,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
-        num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -128,5 +126,5 @@ def close_pages(
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
         table.sink_slots, num_contained, batch, num_layers,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
-        num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

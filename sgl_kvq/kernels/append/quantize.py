@@ -178,18 +178,15 @@ def quantize_rows(
         _store_fine(codes, tokens, head_ptr + CODING.fine, CODING, WIDTH, PADDED)
         codes = tl.where((channel < num_boosted(CODING))[None, :], codes >> FINE_BITS, codes)
 
-    words = _pack(codes, CODING.num_bits, PLANES, PADDED)  # [64, PADDED / 4]
+    byte = tl.arange(0, PADDED)
+    plane = tl.arange(0, PLANES)
+    fields = tl.reshape(codes, [PAGE, PLANES, PADDED]) << (CODING.num_bits * plane)[None, :, None]
+    packed = tl.sum(fields, axis=1).to(tl.uint8)  # [64, PADDED]
     if IS_KEY:
-        word = tl.arange(0, PADDED // 4)
-        ptrs = (head_ptr + CODING.codes).to(tl.pointer_type(tl.int32))
-        ptrs = ptrs + tokens[:, None] * (WIDTH // 4) + word[None, :]
-        tl.store(ptrs, words, mask=(word < WIDTH // 4)[None, :])
+        ptrs = head_ptr + CODING.codes + tokens[:, None] * WIDTH + byte[None, :]
     else:
-        byte = tl.arange(0, PADDED)
-        parts = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
-        packed = tl.reshape(parts, [PAGE, PADDED]).to(tl.uint8)
         ptrs = head_ptr + CODING.codes + byte[None, :] * PAGE + tokens[:, None]
-        tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
+    tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
     if CODING.sums > 0:
         _store_sums(codes, channel, valid, tokens, head_ptr + CODING.sums, CODING, IS_KEY, SPEC)
 
@@ -241,17 +238,6 @@ def _code_tokens(
             own = _codes(x, divisors(scales, mins), top, 1, CODING.half_up)
             codes = tl.where(inside, own, codes)
     return codes
-
-
-@triton.jit
-def _pack(codes, NUM_BITS: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr):
-    """Codes [64, PLANES * BYTES] to bytes, four of them a word: [64, BYTES / 4] int32.
-
-    Four neighbours become a word first: planes, which lie in different lanes, then meet as words.
-    """
-    parts = tl.reshape(codes, [PAGE, PLANES, BYTES // 4, 4])
-    words = tl.sum(parts << (8 * tl.arange(0, 4))[None, None, None, :], axis=3)
-    return tl.sum(words << (NUM_BITS * tl.arange(0, PLANES))[None, :, None], axis=1)
 
 
 @triton.jit
