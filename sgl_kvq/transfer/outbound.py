@@ -31,13 +31,15 @@ class Peer:
         identity: Routing id of its connection.
         instance: Drawn by its process.
         reachable: Whether ZeroMQ still has a connection to it.
-        bytes_in_flight: Sent and not acknowledged, over all its rooms.
+        bytes_sent: All that ever left, over all its rooms.
+        bytes_in_flight: Of these, not acknowledged.
         turn: Rooms with something to send, the next one first.
     """
 
     identity: bytes
     instance: int
     reachable: bool = True
+    bytes_sent: int = 0
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
     turn: deque[Outbound] = field(default_factory=deque)
@@ -82,6 +84,7 @@ class Outbound:
         """Note that a block left."""
         self.flights[seq] = Flight(next(self._order), wire_bytes)
         self.tries[seq] = self.tries.get(seq, 0) + 1
+        self.peer.bytes_sent += wire_bytes
         self.peer.bytes_in_flight += wire_bytes
 
     def acknowledge(self, seqs: list[int]) -> list[int]:

@@ -309,7 +309,7 @@ class PrefillThread(TransferThread):
 
     def work(self) -> bool:
         """Send a few blocks."""
-        return self._pump.send_some(list(self.peers.values()))
+        return self._pump.send_some(self.peers.values())
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if peer.reachable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import zmq
 
@@ -19,7 +19,8 @@ from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, p
 
 logger = logging.getLogger(__name__)
 
-BLOCKS_A_ROUND = 8
+ROUND_BYTES = 4 * 2**20
+"""Sent to a peer before the others, and messages, get their turn."""
 # As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
 _MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
@@ -53,11 +54,12 @@ class Pump:
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
         self._buffers = SendBuffers(access.new_buffer)
 
-    def send_some(self, peers: Sequence[Peer]) -> bool:
+    def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few blocks to each peer; True if one has more that fits its window."""
         more = False
         for peer in peers:
-            for _ in range(BLOCKS_A_ROUND):
+            enough = peer.bytes_sent + ROUND_BYTES
+            while peer.bytes_sent < enough:
                 if not self._send_next(peer):
                     break
             else:

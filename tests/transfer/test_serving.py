@@ -27,6 +27,7 @@ MEMORY_GB = 0.2
 # SGLang against itself in other batches: see tests/serving/test_control.py.
 LOGPROB_BUDGET = 0.3
 FLOAT64_BUDGET = 1e-4  # logprobs come back in float32
+START_TIMEOUT_S = 600  # several servers import SGLang at once, perhaps on few cores
 VARIANTS = {
     "bf16": (["--kv-quant", "bf16"], True),
     "hack4": (["--kv-quant", "hack4"], False),
@@ -112,7 +113,9 @@ def test_pd_equals_one_server(
     common = ["--chunked-prefill-size", "512", "--max-running-requests", "4", "--random-seed", "0"]
     common += ["--kv-quant-memory-gb", str(MEMORY_GB), "--enable-metrics", *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
-    with launch_pd(model_path, common, tmp_path, decode_flags=decode_flags) as cluster:
+    with launch_pd(
+        model_path, common, tmp_path, decode_flags=decode_flags, start_timeout_s=START_TIMEOUT_S
+    ) as cluster:
         answers = [ask(cluster, prompt) for prompt in prompts]
         before = transfer_metrics(cluster.prefill)
         known = ask(cluster, prompts[4])
@@ -200,7 +203,13 @@ def test_sixteen_at_once_equal_one_server(
     common += ["--kv-quant-memory-gb", "0.02", "--enable-metrics", *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
     with (
-        launch_pd(tiny_model_path, common, tmp_path, decode_flags=decode_flags) as cluster,
+        launch_pd(
+            tiny_model_path,
+            common,
+            tmp_path,
+            decode_flags=decode_flags,
+            start_timeout_s=START_TIMEOUT_S,
+        ) as cluster,
         ThreadPoolExecutor(16) as pool,
     ):
         answers = list(pool.map(lambda prompt: ask(cluster, prompt), crowd))
@@ -252,19 +261,20 @@ def test_kill_and_restart_of_either_instance(
     with launch_servers(
         tiny_model_path,
         [Launch(prefill, tmp_path / "prefill.log"), Launch(decode, tmp_path / "decode.log")],
+        START_TIMEOUT_S,
     ) as (first_prefill, first_decode):
         cluster = Cluster(first_prefill, first_decode, bootstrap_port)
         expected = ask(cluster, prompt).output_ids
         interrupted(cluster, first_decode)
-        with launch_servers(tiny_model_path, [Launch(decode, tmp_path / "decode2.log")]) as (
-            again,
-        ):
+        with launch_servers(
+            tiny_model_path, [Launch(decode, tmp_path / "decode2.log")], START_TIMEOUT_S
+        ) as (again,):
             cluster = Cluster(first_prefill, again, bootstrap_port)
             assert ask(cluster, prompt).output_ids == expected
             interrupted(cluster, first_prefill)
-            with launch_servers(tiny_model_path, [Launch(prefill, tmp_path / "prefill2.log")]) as (
-                new,
-            ):
+            with launch_servers(
+                tiny_model_path, [Launch(prefill, tmp_path / "prefill2.log")], START_TIMEOUT_S
+            ) as (new,):
                 assert ask(Cluster(new, again, bootstrap_port), prompt).output_ids == expected
     proxy.close()
 
