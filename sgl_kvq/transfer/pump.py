@@ -31,6 +31,7 @@ class Pump:
     Args:
         socket: ROUTER socket of the prefill rank.
         access: Its pool.
+        buffers: What blocks are read into; `Outbound` gives them back.
         config: Window and codec.
         digest: Fingerprint for the headers.
         metrics: Where to count.
@@ -42,6 +43,7 @@ class Pump:
         self,
         socket: zmq.Socket[bytes],
         access: PoolAccess,
+        buffers: SendBuffers,
         config: TransferConfig,
         digest: int,
         metrics: TransferMetrics,
@@ -52,7 +54,7 @@ class Pump:
         self._window_bytes = config.window_bytes
         self._codec = get_codec(config.codec)
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
-        self._buffers = SendBuffers(access.new_buffer)
+        self._buffers = buffers
 
     def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few blocks to each peer; True if one has more that fits its window."""
@@ -118,11 +120,8 @@ class Pump:
         )
         for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
             self._socket.send(frame, _MORE)
-        tracker = self._socket.send(payload, _LAST, copy=False, track=buffer is not None)
-        if buffer is not None:
-            assert tracker is not None
-            self._buffers.give(buffer, tracker)
-        outbound.sent(seq, len(payload))
+        self._socket.send(payload, _LAST, copy=False)
+        outbound.sent(seq, len(payload), buffer)
         if out.bytes_sent == 0:
             ticket.advance(lambda: self._on_sending(out.room))
         out.bytes_sent += len(payload)

@@ -428,21 +428,26 @@ def test_an_open_page_of_a_large_model_fits_the_wire() -> None:
     assert max(block.num_layers * 63 * row_bytes for block in blocks) <= MAX_BLOCK_BYTES
 
 
-def test_a_buffer_is_not_lent_while_its_message_is_under_way() -> None:
-    class Tracker:
-        done = False
-
+def test_buffers_are_used_again_and_all_come_back() -> None:
     buffers = SendBuffers(lambda nbytes: np.empty(nbytes, dtype=np.uint8))
-    first, first_tracker = buffers.take(100_000), Tracker()
-    buffers.give(first, first_tracker)
-    second, second_tracker = buffers.take(90_000), Tracker()
+    first, second = buffers.take(100_000), buffers.take(90_000)
     assert second is not first
     assert len(second) == len(first) == 131_072
-    buffers.give(second, second_tracker)
-    second_tracker.done = True
-    assert buffers.take(100_000) is second
-    first_tracker.done = True
-    assert buffers.take(100_000) is first
+    buffers.give(first)
+    assert buffers.take(70_000) is first
+
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    made: list[int] = []
+    prefill.thread._buffers._make = lambda nbytes: made.append(nbytes) or np.empty(nbytes, np.uint8)
+    with stopped(prefill, decode):
+        for room in range(1, 4):
+            ship(prefill, decode, room, 1000)
+            for pool in (prefill.pool, decode.pool):
+                pool.open_slots.release(torch.arange(pool.plan.num_pages))
+                pool.sink_slots.release(torch.arange(pool.plan.num_pages))
+        wait_for(lambda: not prefill.thread.rooms)
+        assert sum(map(len, prefill.thread._buffers._free.values())) == len(made)
+        assert len(made) <= CONFIG.window_bytes // CONFIG.block_bytes + 8
 
 
 def test_heads_of_ranks() -> None:
