@@ -17,7 +17,7 @@ from compare import logprob_differences
 from proxy import Proxy
 from scheduler_harness import Result
 
-from benchmarks.pd import Cluster, launch_pd, transfer_metrics
+from benchmarks.pd import START_TIMEOUT_S, Cluster, launch_pd, transfer_metrics
 from benchmarks.servers import Launch, free_port, launch_servers
 
 pytestmark = pytest.mark.long
@@ -27,7 +27,6 @@ MEMORY_GB = 0.2
 # SGLang against itself in other batches: see tests/serving/test_control.py.
 LOGPROB_BUDGET = 0.3
 FLOAT64_BUDGET = 1e-4  # logprobs come back in float32
-START_TIMEOUT_S = 600  # several servers import SGLang at once, perhaps on few cores
 VARIANTS = {
     "bf16": (["--kv-quant", "bf16"], True),
     "hack4": (["--kv-quant", "hack4"], False),
