@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair import (
     METADATA,
@@ -395,6 +395,7 @@ def test_port_in_use_is_one_line() -> None:
             PrefillSide(TransferConfig(port=port))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 500), max_size=40, unique=True),
     st.integers(1, 9),
