@@ -19,7 +19,7 @@ import requests
 
 from benchmarks.servers import Launch, Server, ServerError, free_port, launch_servers, stop_group
 
-ROUTER_START_S = 60.0
+ROUTER_START_S = 300.0
 START_TIMEOUT_S = 600.0  # both import SGLang at once, perhaps on few cores
 _SAMPLE = re.compile(r"^(sgl_kvq:transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
 

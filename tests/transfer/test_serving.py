@@ -54,7 +54,8 @@ def ask(cluster: Cluster, prompt: list[int]) -> Result:
             },
             "return_logprob": True,
             "top_logprobs_num": 2,
-        }
+        },
+        timeout_s=600,
     )
     assert answer.status_code == 200, answer.text
     meta = answer.json()["meta_info"]
