@@ -15,7 +15,8 @@ from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import upload_extend
 from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_obstacle, prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
-from sgl_kvq.kernels.extend.plan import AttentionPass, plan_extend
+from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.plan import plan_extend
 from sgl_kvq.kernels.extend.split import FusedLimits
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 from sgl_kvq.kernels.pages import decode_keys, decode_values
