@@ -30,15 +30,15 @@ def scratch_pages(num_kv_heads: int, head_dim: int) -> int:
     return SCRATCH_BYTES // (4 * PAGE_SIZE * num_kv_heads * prefill_head_dim(head_dim))
 
 
-FUSED_BLOCK_ROWS = 256  # packed query rows of a program of the fused kernel
-_PROGRAMS_PER_SM = 1
+FUSED_BLOCK_ROWS = 128  # packed query rows of a program of the fused kernel
+_PROGRAMS_PER_SM = 2
 _FUSED_MAX_TOKENS = 128
 _FUSED_MIN_PAGES = 16
 
 
 def fused_launch() -> dict[str, Any]:
     """Stages, warps and registers of the fused kernel."""
-    return {"STAGES": 5, "num_warps": 8}
+    return {"STAGES": 1, "num_warps": 4}
 
 
 def fused_obstacle(spec: PageSpec) -> str | None:
