@@ -86,8 +86,8 @@ def _by_kernel(
     contained = torch.zeros((), dtype=torch.int64, device=device)
     append(cache, layout, k, v, batch.touched, contained, prior_rows)
     return extend(
-        q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows, attention,
-        workspace,
+        q, k, v, cache, layout, batch.passes, batch.fills, batch.fused, batch.touched, prior_rows,
+        attention, workspace, sm_scale,
     )[0]  # fmt: skip
 
 

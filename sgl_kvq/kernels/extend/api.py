@@ -15,7 +15,7 @@ from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_launch, prefill_head_dim
 from sgl_kvq.kernels.extend.fused import _fused_fwd_kernel, _merge_fwd_kernel
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
-from sgl_kvq.kernels.extend.plan import AttentionPass
+from sgl_kvq.kernels.extend.passes import AttentionPass
 from sgl_kvq.kernels.paged_cache import PagedCache
 
 LOG2_E = 1.4426950408889634

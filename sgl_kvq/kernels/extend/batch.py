@@ -10,7 +10,7 @@ import torch
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.extend.api import FusedItems, ScratchFills
-from sgl_kvq.kernels.extend.plan import AttentionPass, ExtendPlan, FillPlan, TouchedPlan
+from sgl_kvq.kernels.extend.passes import AttentionPass, ExtendPlan, FillPlan, TouchedPlan
 from sgl_kvq.kernels.extend.split import FusedPlan, IntArray
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 

@@ -54,10 +54,16 @@ def fused_obstacle(spec: PageSpec) -> str | None:
 
 
 def fused_limits(spec: PageSpec, gqa_group: int, device: torch.device) -> FusedLimits | None:
-    """When the fused kernel is the faster way; None: never."""
+    """When the fused kernel is the faster way; None: never.
+
+    Its tiles are made for Hopper: other GPUs have less shared memory and no product that runs
+    beside other instructions.
+    """
     if device.type != "cuda" or fused_obstacle(spec):
         return None
-    _, num_sms = _device_facts(device)
+    major, num_sms = _device_facts(device)
+    if major != 9:
+        return None
     return FusedLimits(
         gqa_group=gqa_group,
         block_rows=FUSED_BLOCK_ROWS,

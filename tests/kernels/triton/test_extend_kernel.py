@@ -15,7 +15,8 @@ from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import upload_extend
 from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_obstacle, prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
-from sgl_kvq.kernels.extend.plan import AttentionPass, plan_extend
+from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.plan import plan_extend
 from sgl_kvq.kernels.extend.split import FusedLimits
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 from sgl_kvq.kernels.pages import decode_keys, decode_values
@@ -228,9 +229,10 @@ def limits(num_programs: int) -> FusedLimits:
     return FusedLimits(GROUP, FUSED_BLOCK_ROWS, num_programs, max_rows=60 * GROUP, min_pages=1)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("num_programs", [1, 5])
-@pytest.mark.parametrize("name", ["hack2", "saw4"])
+@pytest.mark.parametrize(
+    ("name", "num_programs", "quantized"),
+    [("hack2", 1, False), ("hack2", 5, True), ("saw4", 5, False)],
+)
 def test_fused_prefixes(name: str, num_programs: int, quantized: bool, device: str) -> None:
     """Few and many fresh tokens in one batch, fresh and resumed, whole and split prefixes."""
     sequences = Sequences(name, 64, [330, 70, 150], device)
