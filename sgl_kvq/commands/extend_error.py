@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -58,17 +59,21 @@ def _by_kernel(
     layout: PageLayout,
     sample: Sample,
 ) -> torch.Tensor:
+    from sgl_kvq.kernels._page_spec import page_spec
     from sgl_kvq.kernels.append.api import append
     from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
     from sgl_kvq.kernels.extend.batch import upload_extend
-    from sgl_kvq.kernels.extend.configs import prefill_head_dim
+    from sgl_kvq.kernels.extend.configs import fused_limits, prefill_head_dim
     from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
     from sgl_kvq.kernels.extend.plan import plan_extend
 
     device, sm_scale = q.device, layout.head_dim**-0.5
     fresh_lens = [n - prefix for n, prefix in zip(SEQ_LENS, PREFIX_LENS, strict=True)]
     workspace = ExtendWorkspace(layout, len(sample.pages), device)
-    plan = plan_extend(list(PREFIX_LENS), fresh_lens, False, len(sample.pages))
+    limits = fused_limits(page_spec(layout), GQA_GROUP, device)
+    if limits is not None:
+        limits = replace(limits, min_pages=1)  # so that the fused kernel takes part
+    plan = plan_extend(list(PREFIX_LENS), fresh_lens, False, len(sample.pages), limits)
     workspace.reserve(plan.scratch_pages)
     attention = FlashInferAttention(
         q.shape[1],

@@ -61,8 +61,9 @@ class SlotTable:
             pages: int64 [n], distinct pages without a slot.
 
         Raises:
-            PoolExhaustedError: fewer than n slots are free. On a GPU the check would wait for the
-                device and is left out: admission keeps one slot for each running request.
+            PoolExhaustedError: fewer than n slots are free. Admission keeps one slot for each
+                running request, so that this is our own mistake. On a GPU the device checks it
+                when it gets there, and ends the process: two pages must never share rows.
         """
         count = len(pages)
         if count == 0:
@@ -72,6 +73,8 @@ class SlotTable:
                 f"{self.name}: {count} slots wanted, {self.num_free()} of {self.num_slots} free"
             )
         slots = torch.argsort((self._owner != _FREE).to(torch.uint8), stable=True)[:count]
+        if self._owner.is_cuda:
+            torch._assert_async(self._owner[slots[-1]] == _FREE, f"{self.name}: no slot is free")
         self._owner[slots] = pages
         self.slot_of[pages] = slots
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,3 +64,25 @@ def test_rows_of_a_released_slot_are_still_found() -> None:
     table.release(torch.tensor([3]))  # a stale entry takes nothing from the new owner
     assert table.held_slot(torch.tensor([5])).item() == table.slot_of[5]
     assert table.num_used() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_never_hands_out_a_slot_twice() -> None:
+    """The device's assertion ends the process, so another one runs into it."""
+    code = """
+import torch
+from sgl_kvq.memory_pool.slots import SlotTable
+table = SlotTable("open pages", 2, 12, "cuda")
+table.acquire(torch.tensor([3, 4], device="cuda"))
+table.release(torch.tensor([3], device="cuda"))
+table.acquire(torch.tensor([5], device="cuda"))
+torch.cuda.synchronize()
+print("so far well", flush=True)
+table.acquire(torch.tensor([6], device="cuda"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "so far well" in done.stdout
+    assert done.returncode != 0
+    assert "ssert" in done.stderr

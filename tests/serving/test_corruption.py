@@ -29,9 +29,14 @@ SCHEMA = {
     "properties": {
         "city": {"type": "string", "maxLength": 10},
         "color": {"enum": ["red", "green", "blue", "white", "black"]},
-        "count": {"type": "integer", "minimum": 0, "maximum": 99999},
+        "counts": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 99},
+            "minItems": 16,
+            "maxItems": 16,
+        },
     },
-    "required": ["city", "color", "count"],
+    "required": ["city", "color", "counts"],
     "additionalProperties": False,
 }
 
@@ -116,21 +121,23 @@ def test_json_from_a_full_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefix hits while the pool is full and pages change hands; every answer is the idle one."""
-    served = serve(num_pages=10, max_running=6)
+    from sglang.srt.managers import scheduler as scheduler_module
+
+    served = serve(num_pages=8, max_running=8)
     harness = served.harness
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     prompts = []
-    for number in range(6):
-        family = number % 2
+    for number in range(5):
         record = f"\n\nRecord {number}: {7919 * number} black boxes for Oslo. The record as JSON: "
-        shared = text_ids[family * 600 : family * 600 + 200 + 60 * family]
-        prompts.append(shared + tokenizer(record)["input_ids"])
+        prompts.append(text_ids[:200] + tokenizer(record)["input_ids"])
     schema = json.dumps(SCHEMA)
-    alone = served.one_by_one(prompts, 60, json_schema=schema)
+    alone = served.one_by_one(prompts, 100, json_schema=schema)
 
-    order = [*range(6), *range(6)]
+    order = [*range(5), *range(5)]
     random.Random(0).shuffle(order)
-    rids = [harness.submit(prompts[i], 60, json_schema=schema) for i in order]
+    rids = [harness.submit(prompts[i], 100, json_schema=schema) for i in order]
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)
     retracted = count_retractions(harness, monkeypatch)
     free = []
     alloc_decode = harness.allocator.alloc_decode
@@ -142,18 +149,21 @@ def test_json_from_a_full_pool(
     monkeypatch.setattr(harness.allocator, "alloc_decode", watched)
     harness.run()
     print(f"least free: {min(free)}, retracted: {len(retracted)}")
-    assert min(free) < 64  # not one page was free
+    assert min(free) <= 64  # at most one page was free
+    assert retracted
     results = [harness.result(rid) for rid in rids]
-    assert sum(result.cached_tokens for result in results) > 6 * 128
+    assert sum(result.cached_tokens for result in results) > 5 * 128
     served.assert_same(results, [alone[i] for i in order])
     for result in (*alone, *results):
         assert result.finish_reason == "FINISH_MATCHED_TOKEN"
         answer = json.loads(tokenizer.decode(result.output_ids, skip_special_tokens=True))
         assert list(answer) == SCHEMA["required"]
+        assert len(answer["counts"]) == 16
         assert answer["color"] in SCHEMA["properties"]["color"]["enum"]
     assert_nothing_held(harness)
 
 
+@pytest.mark.long
 def test_short_queries_on_a_long_cached_prefix(
     serve: Callable[..., Served], text_ids: list[int]
 ) -> None:
@@ -171,6 +181,7 @@ def test_short_queries_on_a_long_cached_prefix(
     assert_nothing_held(harness)
 
 
+@pytest.mark.long
 def test_later_chunks_of_a_prefill(
     serve: Callable[..., Served], text_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +206,7 @@ def test_later_chunks_of_a_prefill(
     assert_nothing_held(harness)
 
 
+@pytest.mark.long
 def test_a_storm_of_aborts_and_retractions(
     serve: Callable[..., Served], text_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

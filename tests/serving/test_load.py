@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from compare import logprob_differences
 
 NUM_REQUESTS = 300
 PAGES_OF_POOL = 24
@@ -83,30 +82,3 @@ def test_more_first_pages_than_sink_slots_evict_old_sequences(
         assert harness.pool.sink_slots.num_used() <= slots
     (again,) = harness.generate([[1000 + 29] * 70], 2)
     assert again.cached_tokens == 64
-
-
-@pytest.mark.usefixtures("cpu")
-def test_two_requests_that_diverge_inside_a_page(
-    model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
-) -> None:
-    """They share whole pages only; neither sees the other's rows."""
-    harness = start_scheduler(
-        model_path,
-        kv_quant="hack2",
-        kv_quant_memory_gb=0.06,
-        kv_quant_prefill="quantized",
-        max_running_requests=4,
-        dtype="float32",
-    )
-    harness.scheduler.tp_worker.model_runner.model.double()  # see test_invariance
-    prompts = [text_ids[:150] + text_ids[at : at + 20] for at in (1000, 2000)]
-    alone = []
-    for prompt in prompts:
-        harness.flush()
-        alone += harness.generate([prompt], 12)
-    harness.flush()
-    together = harness.generate(prompts, 12)
-    swapped = harness.generate(prompts[::-1], 12)[::-1]
-    assert swapped[0].cached_tokens == 128
-    for results in (together, swapped):
-        assert logprob_differences(results, alone, 1e-4).max() < 1e-4
