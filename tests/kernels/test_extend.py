@@ -9,7 +9,6 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.store import ClosingPages, ExtendAppend, append_extend
 from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read, extend
-from sgl_kvq.kernels.extend.split import FusedLimits, plan_fused
 from sgl_kvq.kernels.paged_cache import PagedCache
 from sgl_kvq.kernels.pages import decode_keys, decode_values
 
@@ -121,25 +120,3 @@ def test_two_requests_do_not_see_each_other() -> None:
             seen = slice(start, i + 1)
             expected, _ = attention_fp64(q[i], k[seen].double(), v[seen].double(), 0.125)
             assert relative_error(out[i], expected) < 1e-5
-
-
-@pytest.mark.parametrize("num_programs", [1, 16, 33])
-def test_items_cover_each_block_and_page_once(num_programs: int) -> None:
-    limits = FusedLimits(3, 128, num_programs, max_rows=1000, min_pages=1)
-    requests = [(0, 0, 5, 7), (2, 9, 100, 40), (3, 109, 64, 512)]
-    plan = plan_fused(requests, limits)
-    first = 0
-    for index, q_start, num_tokens, num_pages in requests:
-        assert (plan.request[first : first + num_pages] == index).all()
-        assert plan.page[first : first + num_pages].tolist() == list(range(num_pages))
-        blocks = [block for block in plan.blocks.tolist() if block[0] == q_start]
-        assert [block[1] for block in blocks] == list(range(0, num_tokens * 3, 128))
-        for *block, first_item, end_item in blocks:
-            items = plan.items[first_item:end_item].tolist()
-            assert [item[:3] for item in items] == [block] * len(items)
-            ends = [first, *(item[4] for item in items)]
-            assert [item[3] for item in items] == ends[:-1]
-            assert ends[-1] == first + num_pages
-        first += num_pages
-    assert len(plan.page) == first
-    assert len(plan.items) <= num_programs + len(plan.blocks)

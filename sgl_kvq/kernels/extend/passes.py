@@ -1,10 +1,13 @@
-"""What an extend batch is cut into: pages to write, attention passes, prefixes in codes."""
+"""What an extend batch is cut into: pages to write, attention passes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sgl_kvq.kernels.extend.split import FusedPlan, IntArray
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,10 @@ class ExtendPlan:
         touched: Pages that get fresh rows.
         resumed_requests: int32 [m], requests whose first touched page has rows of earlier steps.
         passes: In the order to run them.
-        fused: Prefixes for the fused kernel, which runs after the passes.
         scratch_pages: Largest number of pages a pass fills.
     """
 
     touched: TouchedPlan
     resumed_requests: IntArray
     passes: list[AttentionPass]
-    fused: FusedPlan
     scratch_pages: int
