@@ -3,9 +3,8 @@
 Usage: python -m benchmarks.bench_extend [--formats ...] [--shapes FRESHxPREFIX ...] [--out CSV]
 
 One request of FRESH tokens behind a cached prefix. FlashInfer reads bf16 pages of 64 tokens; the
-row takes the better of its fa2 and fa3 kernels. `fused` says whether the prefix is read in codes;
-otherwise it goes through the scratch buffer. `us_fill` is the part of our time that writes to that
-buffer, `us_append` what storing and quantizing the fresh rows costs beside it (not in `us_p50`).
+row takes the better of its fa2 and fa3 kernels. `us_fill` is the part of our time that dequantizes,
+`us_append` what storing and quantizing the fresh rows costs beside it (not in `us_p50`).
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ from benchmarks.kernel_harness import time_interleaved, write_results
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend, fill_scratch
 from sgl_kvq.kernels.extend.batch import upload_extend
-from sgl_kvq.kernels.extend.configs import fused_limits, scratch_pages
+from sgl_kvq.kernels.extend.configs import scratch_pages
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.plan import plan_extend
-from sgl_kvq.kernels.extend.split import FusedLimits
 from sgl_kvq.kernels.paged_cache import SlotMaps
 
 FORMATS = ("hack2", "hack4", "saw4")
@@ -40,13 +37,7 @@ COPIES = 8  # more than the L2 cache holds
 
 
 def ours(
-    name: str,
-    fresh: int,
-    prefix: int,
-    quantized: bool,
-    max_pages: int,
-    backend: str | None,
-    limits: FusedLimits | None,
+    name: str, fresh: int, prefix: int, quantized: bool, max_pages: int, backend: str | None
 ) -> dict[str, Callable[[int], Any]]:
     """Calls by name: attention with its fills, the fills alone, the append."""
     layout = PageLayout(get_format(name), HEAD_DIM, NUM_KV_HEADS)
@@ -56,7 +47,7 @@ def ours(
     tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")
     slot_of = torch.zeros(num_pages + 1, dtype=torch.int64, device="cuda")
     slot_of[own[0]] = 1
-    plan = plan_extend([prefix], [fresh], quantized, max_pages, limits)
+    plan = plan_extend([prefix], [fresh], quantized, max_pages)
     batch = upload_extend(
         plan,
         tokens.flatten().int()[None],
@@ -78,8 +69,8 @@ def ours(
         cache = caches[copy]
         prior_rows = batch.prior_rows(cache)
         extend(
-            q, k, v, cache, layout, batch.passes, batch.fills, batch.fused, batch.touched,
-            prior_rows, attention, workspace, HEAD_DIM**-0.5,
+            q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows,
+            attention, workspace,
         )  # fmt: skip
 
     def fill(copy: int) -> None:
@@ -119,31 +110,22 @@ def flashinfer_call(fresh: int, prefix: int, backend: str) -> Callable[[int], An
 
 
 def measure(
-    formats: list[str],
-    fresh: int,
-    prefix: int,
-    backends: list[str],
-    max_pages: int,
-    scratch_only: bool,
+    formats: list[str], fresh: int, prefix: int, backends: list[str], max_pages: int
 ) -> list[dict[str, Any]]:
     """Rows of one shape."""
     rows = []
     baselines = {f"bf16_{name}": flashinfer_call(fresh, prefix, name) for name in ("fa2", "fa3")}
     for name in formats:
-        spec = page_spec(PageLayout(get_format(name), HEAD_DIM, NUM_KV_HEADS))
-        limits = None if scratch_only else fused_limits(spec, GQA, torch.device("cuda"))
-        fused = limits is not None and limits.takes(fresh, prefix // PAGE_SIZE)
         for mode in ("exact", "quantized"):
             for backend in backends:
                 chosen = None if backend == "chosen" else backend
-                calls = ours(name, fresh, prefix, mode == "quantized", max_pages, chosen, limits)
+                calls = ours(name, fresh, prefix, mode == "quantized", max_pages, chosen)
                 times = time_interleaved(calls | baselines, COPIES, rounds=12)
                 us = times["ours"].p50
                 best = min(times[baseline].p50 for baseline in baselines)
                 row: dict[str, Any] = {
                     "format": name, "mode": mode, "backend": backend, "fresh": fresh,
-                    "prefix": prefix, "scratch_pages": max_pages, "fused": fused,
-                    "us_p20": times["ours"].p20,
+                    "prefix": prefix, "scratch_pages": max_pages, "us_p20": times["ours"].p20,
                     "us_p50": us, "us_p80": times["ours"].p80, "us_fill": times["fill"].p50,
                     "us_append": times["append"].p50,
                 }  # fmt: skip
@@ -163,7 +145,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="FRESHxPREFIX")
     parser.add_argument("--backends", nargs="+", default=["chosen"], help="ours: fa2, fa3")
     parser.add_argument("--scratch-pages", type=int, default=0, help="0: as the server")
-    parser.add_argument("--scratch-only", action="store_true", help="never the fused kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100/extend.csv"))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -171,7 +152,7 @@ def main() -> None:
     rows = []
     for shape in args.shapes:
         fresh, prefix = map(int, shape.split("x"))
-        rows += measure(args.formats, fresh, prefix, args.backends, max_pages, args.scratch_only)
+        rows += measure(args.formats, fresh, prefix, args.backends, max_pages)
         write_results(args.out, rows)
 
 

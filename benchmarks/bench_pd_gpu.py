@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,11 @@ class PairBench:
     Args:
         args: The command line.
         kv_format: Of the pages.
+        out: JSON file that receives each row at once.
     """
 
-    def __init__(self, args: argparse.Namespace, kv_format: str) -> None:
-        self._args, self._format = args, kv_format
+    def __init__(self, args: argparse.Namespace, kv_format: str, out: Path) -> None:
+        self._args, self._format, self._out = args, kv_format, out
         self._random = random.Random(0)
         self.rows: list[Row] = []
 
@@ -182,7 +184,11 @@ class PairBench:
             command=command_line("bench_pd_gpu", args.argv),
         )
         self.rows.append(row)
-        self._log(f"{load}: TTFT p50 {row.ttft_p50_s} s, JCT {row.jct_mean_s} s")
+        self._out.write_text(json.dumps([asdict(row) for row in self.rows]))
+        self._log(
+            f"{load}: TTFT p50 {row.ttft_p50_s} s, JCT {row.jct_mean_s} s, {row.kv_mb_a_request} "
+            f"MB a request, {row.early_share:.1%} of them early, link {row.relay_gbit_s} Gbit/s"
+        )
 
     def _send(self, cluster: Cluster, times: Sequence[float]) -> list[Answer | None]:
         """Send one request at each of these times, in seconds from now."""
@@ -233,6 +239,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
     """Run every format in a process of its own; those on different devices at the same time."""
+    deadline = time.monotonic() + args.budget_s
     lanes: dict[str, list[str]] = {}
     for i, kv_format in enumerate(args.formats):
         lanes.setdefault(args.devices[i % len(args.devices)], []).append(kv_format)
@@ -241,7 +248,10 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
         for kv_format in lanes[device]:
             command = [sys.executable, "-m", "benchmarks.bench_pd_gpu", *args.argv]
             command += ["--only", kv_format, str(folder)]
-            subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, check=False)
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": device}
+            left_s = max(1.0, deadline - time.monotonic())
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, env=env, check=False, timeout=left_s)
 
     with ThreadPoolExecutor(len(lanes)) as pool:
         list(pool.map(run_lane, lanes))
@@ -274,6 +284,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--start-s", type=float, default=150.0, help="longest start of the servers")
     add("--request-s", type=float, default=120.0, help="longest time of a request")
     add("--server-args", default="", help="further flags of both instances, one string")
+    add("--budget-s", type=float, default=3600.0, help="kill what still runs after so long")
     add("--out", type=Path, default=Path("benchmarks/results/h100/pd.csv"))
     add("--logs", type=Path, default=Path("out/bench_pd_gpu"))
     add("--only", nargs=2, metavar=("FORMAT", "FOLDER"), help=argparse.SUPPRESS)
@@ -288,14 +299,12 @@ def main(argv: Sequence[str]) -> int:
     if args.only:
         kv_format, folder = args.only
         args.argv = args.argv[: args.argv.index("--only")]
-        bench = PairBench(args, kv_format)
+        bench = PairBench(args, kv_format, Path(folder) / f"{kv_format}.json")
         try:
             bench.run(args.logs / kv_format)
         except (ServerError, requests.RequestException) as error:
             print(f"{kv_format}: {error}", file=sys.stderr, flush=True)
-        rows = [asdict(row) for row in bench.rows]
-        (Path(folder) / f"{kv_format}.json").write_text(json.dumps(rows))
-        return 0 if rows else 1
+        return 0 if bench.rows else 1
     with tempfile.TemporaryDirectory() as temporary:
         rows_of_all = with_ratios(run_all(args, Path(temporary)))
     if not rows_of_all:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agents import Request, Workload, WorkloadSizes
-from benchmarks.pd import launch_pd, launch_router, transfer_metrics
+from benchmarks.pd import START_TIMEOUT_S, launch_pd, launch_router, transfer_metrics
 from benchmarks.records import git_commit
 from benchmarks.servers import ServerError, hardware_name, launch_server
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
@@ -81,7 +81,7 @@ def run_format(model: Path, out: Path, kv_format: str, console: Console) -> Run:
         console.print(f"prefill, decode and router ready: {router.url}")
         answers = workload.run(router, report, flush=False)
         metrics = transfer_metrics(cluster.prefill)
-    with launch_server(model, flags, folder / "colocated.log") as server:
+    with launch_server(model, flags, folder / "colocated.log", START_TIMEOUT_S) as server:
         console.print("scoring the answers with one server, teacher-forced")
         scored = workload.score_agreement(server, answers)
     prefix = "sgl_kvq:transfer_wire_bytes_total"

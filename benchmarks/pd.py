@@ -19,7 +19,8 @@ import requests
 
 from benchmarks.servers import Launch, Server, ServerError, free_port, launch_servers, stop_group
 
-ROUTER_START_S = 60.0
+ROUTER_START_S = 300.0
+START_TIMEOUT_S = 600.0  # both import SGLang at once, perhaps on few cores
 _SAMPLE = re.compile(r"^(sgl_kvq:transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
 
 
@@ -97,7 +98,7 @@ def launch_pd(
     decode_flags: Sequence[str] = (),
     prefill_host: str = "127.0.0.1",
     prefill_prefix: tuple[str, ...] = (),
-    start_timeout_s: float = 240,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[Cluster]:
     """Start both instances at once and stop them at exit.
 

@@ -57,16 +57,18 @@ def _speed_up_bars(by_shape: dict[str, dict[str, float]]) -> Axes:
 
 
 def plot_append(rows: list[dict[str, str]], path: Path) -> None:
-    """Microseconds of a decode step's append by the pages it closes."""
+    """Microseconds a layer that storing and closing add to attention, by the pages that close."""
     figure, axes = plt.subplots(figsize=(6, 3.5))
     columns = [name for name in rows[0] if name.startswith("us_close_")]
     for row in rows:
         closing = [int(name.removeprefix("us_close_")) for name in columns]
         axes.plot(closing, [float(row[name]) for name in columns], "o-", label=row["format"])
     axes.set_xlabel("pages that fill in the step")
-    axes.set_ylabel("us")
-    axes.set_ylim(0)
-    axes.set_title(f"append, batch {rows[0]['batch']}, {rows[0]['gpu']}")
+    axes.set_ylabel("us a layer, on top of attention")
+    axes.set_title(
+        f"append, {rows[0]['batch']} x {rows[0]['length']}, {rows[0]['layers']} layers, "
+        f"{rows[0]['gpu']}"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

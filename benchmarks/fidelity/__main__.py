@@ -26,6 +26,7 @@ from sgl_kvq.commands import calibrate
 from sgl_kvq.formats.registry import format_names
 
 CALIBRATED = "+calibrated"
+WINDOW = "+window"  # one closed page before the own one still read as 16-bit rows; offline only
 NEEDLES = "needles"
 _INTERVALS = [name + part for name in ("ppl_rel", "kl", "top1") for part in ("", "_low", "_high")]
 SCORE_COLUMNS = ("tokens", "ppl", *_INTERVALS)
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None) -> Namespace:
         prog="python -m benchmarks.fidelity", description=__doc__.split(":")[0]
     )
     names = [*format_names(), f"kvq2{CALIBRATED}", f"kvq4{CALIBRATED}"]
+    names += [f"kvq2{CALIBRATED}{WINDOW}", f"kvq2{WINDOW}"]
     parser.add_argument("--model", type=Path, default=Path(".model/smollm2-135m"))
     parser.add_argument("--formats", nargs="+", choices=names, metavar="FORMAT", default=names)
     parser.add_argument("--contexts", default="2048", help="tokens, separated by commas")
@@ -56,6 +58,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="into K, see outliers.py",
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--device", default="cpu", help="where the model runs, default: cpu")
     parser.add_argument(
         "--out",
         type=Path,
@@ -69,22 +72,31 @@ def calibrated_file(model: Path, out: Path) -> str:
     """Calibrate a model with the command's defaults, once."""
     path = out / f"{model.name}.safetensors"
     if not path.exists():
-        calibrate.run(Namespace(model=str(model), text=None, context=2048, segments=8, out=path))
+        parser = argparse.ArgumentParser()
+        calibrate.add_arguments(parser)
+        calibrate.run(parser.parse_args([str(model), "--out", str(path)]))
     return str(path)
 
 
 def make_history(name: str, args: Namespace, model: Path, teacher: Teacher) -> FormatHistory:
-    """Make what a format stores; a name that ends with `CALIBRATED` uses the model's own basis."""
-    base = name.removesuffix(CALIBRATED)
-    config_file = calibrated_file(model, args.out) if base != name else None
-    return FormatHistory(base, teacher.model.config, args.sink_tokens, config_file)
+    """Make what a format stores, with what the name's suffixes `CALIBRATED` and `WINDOW` say."""
+    plain = name.removesuffix(WINDOW)
+    base = plain.removesuffix(CALIBRATED)
+    return FormatHistory(
+        base,
+        teacher.model.config,
+        args.sink_tokens,
+        calibrated_file(model, args.out) if base != plain else None,
+        window_pages=int(plain != name),
+        device=args.device,
+    )
 
 
 def measure(args: Namespace, model: Path) -> Iterator[dict[str, Any]]:
     """Score all formats on all texts; yields one row of results after the other."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    teacher = Teacher(model, DTYPES[args.dtype])
-    exact = FormatHistory("bf16", teacher.model.config)
+    teacher = Teacher(model, DTYPES[args.dtype], args.device)
+    exact = FormatHistory("bf16", teacher.model.config, device=args.device)
     histories = {name: make_history(name, args, model, teacher) for name in args.formats}
     for context in map(int, args.contexts.split(",")):
         for corpus in args.corpora:
@@ -158,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 def layer_errors(args: Namespace, model: Path) -> list[dict[str, Any]]:
     """Relative squared error of each query head's output, given the layers before as they are."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    teacher = Teacher(model, DTYPES[args.dtype])
+    teacher = Teacher(model, DTYPES[args.dtype], args.device)
     (ids,) = segments(args.corpora[0], tokenizer, int(args.contexts.split(",")[0]), 1)
     rows: list[dict[str, Any]] = []
     for name in args.formats:

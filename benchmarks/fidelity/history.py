@@ -20,6 +20,8 @@ class FormatHistory:
         model_config: Of transformers.
         sink_tokens: Leading tokens kept in 16 bits.
         config_file: See `--kv-quant-config`.
+        window_pages: Last closed pages that a request still reads as 16-bit rows.
+        device: Where rows are.
 
     Attributes:
         errors: Where to keep, by layer, each query head's squared error of the attention output
@@ -27,20 +29,29 @@ class FormatHistory:
     """
 
     def __init__(
-        self, name: str, model_config: object, sink_tokens: int = 4, config_file: str | None = None
+        self,
+        name: str,
+        model_config: object,
+        sink_tokens: int = 4,
+        config_file: str | None = None,
+        window_pages: int = 0,
+        device: str = "cpu",
     ) -> None:
         head_dim = int(model_config.head_dim)  # type: ignore[attr-defined]
         num_kv_heads = int(model_config.num_key_value_heads)  # type: ignore[attr-defined]
         num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
         self.layout = PageLayout(get_format(name), head_dim, num_kv_heads)
         self.sink_tokens = sink_tokens
+        self.window_pages = window_pages
         self.errors: dict[int, torch.Tensor] | None = None
         bases: list[LayerBasis] = []
         if self.layout.format.own_basis:
             bases = [default_basis(head_dim, num_kv_heads)] * num_layers
             if config_file is not None:
                 bases = load_bases(config_file, num_layers, num_kv_heads, head_dim)
-        self.matrices = [(basis.q, basis.k, basis.v, basis.out) for basis in bases]
+        self.matrices = [
+            tuple(x.to(device) for x in (basis.q, basis.k, basis.v, basis.out)) for basis in bases
+        ]
 
     @property
     def bits_per_element(self) -> float:
@@ -81,7 +92,7 @@ class FormatHistory:
             return k.float(), v.float()
         by_page = [x.unflatten(1, (-1, PAGE_SIZE)).permute(1, 2, 0, 3) for x in (k, v)]
         rows = [contain_non_finite(x)[0] for x in by_page]  # [pages, P, H, D]
-        num_sinks = torch.zeros(len(rows[0]), dtype=torch.int32)
+        num_sinks = torch.zeros(len(rows[0]), dtype=torch.int32, device=k.device)
         num_sinks[0] = self.sink_tokens
         pages = encode_pages(rows[0], rows[1], num_sinks, self.layout)
         read = [

@@ -62,12 +62,12 @@ def score(
     start = 1
     ours, theirs = teacher.logprobs(hidden[:-1]), teacher.logprobs(reference[:-1])
     for ref, rows in zip(theirs, ours, strict=True):
-        targets = ids[start : start + len(rows), None]
+        targets = ids[start : start + len(rows), None].to(rows.device)
         start += len(rows)
         kl = (ref.exp() * (ref - rows)).sum(-1)
         nll, ref_nll = (-x.gather(1, targets).squeeze(1) for x in (rows, ref))
         parts.append((nll, ref_nll, kl, (rows.argmax(-1) == ref.argmax(-1)).float()))
-    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def join(scores: list[Scores]) -> Scores:

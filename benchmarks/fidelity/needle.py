@@ -80,6 +80,6 @@ def count_hits(teacher: Teacher, texts: list[NeedleText], history: FormatHistory
         hidden = teacher.hidden(text.ids, history)
         for answer in text.answers:
             rows = hidden[answer.start - 1 : answer.stop - 1]
-            found = torch.cat(list(teacher.logprobs(rows))).argmax(-1)
+            found = torch.cat(list(teacher.logprobs(rows))).argmax(-1).cpu()
             hits += int(torch.equal(found, text.ids[answer.start : answer.stop]))
     return hits

@@ -41,6 +41,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--sink-tokens", type=int, default=4)
     parser.add_argument("--memory-gb", default="0.5")
+    parser.set_defaults(device="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
     return parser.parse_args(argv)
 

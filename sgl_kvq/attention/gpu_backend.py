@@ -10,13 +10,12 @@ from sgl_kvq.attention.backend import KvqAttnBackend
 from sgl_kvq.attention.bases import RankBasis
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError, KvqError
-from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.api import PagedLayers, append, close_pages
 from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import ExtendBatch, upload_extend
-from sgl_kvq.kernels.extend.configs import fused_limits, prefill_head_dim, scratch_pages
+from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.plan import plan_extend
 from sgl_kvq.kernels.paged_cache import PageTable, SlotMaps
@@ -44,11 +43,6 @@ class GpuAttnBackend(KvqAttnBackend):
         self._reserve(self.req_to_token.shape[0])
         self.max_pages = scratch_pages(self.layout.num_kv_heads, self.layout.head_dim)
         self.extend_workspace = ExtendWorkspace(self.layout, self.max_pages, device)
-        self.fused_limits = fused_limits(
-            page_spec(self.layout),
-            layer.tp_q_head_num // self.layout.num_kv_heads,
-            torch.device(device),
-        )
         self.prefill = FlashInferAttention(
             layer.tp_q_head_num,
             self.layout.num_kv_heads,
@@ -131,7 +125,6 @@ class GpuAttnBackend(KvqAttnBackend):
             list(forward_batch.extend_seq_lens_cpu),
             self.config.quantized_prefill,
             self.max_pages,
-            self.fused_limits,
         )
         self.extend_workspace.reserve(plan.scratch_pages)
         self.prefill.plan(plan.passes)
@@ -186,12 +179,10 @@ class GpuAttnBackend(KvqAttnBackend):
             self.layout,
             batch.passes,
             batch.fills,
-            batch.fused,
             batch.touched,
             prior_rows,
             self.prefill,
             self.extend_workspace,
-            layer.scaling,
         )
         return out
 

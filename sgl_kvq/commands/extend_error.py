@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -59,21 +58,17 @@ def _by_kernel(
     layout: PageLayout,
     sample: Sample,
 ) -> torch.Tensor:
-    from sgl_kvq.kernels._page_spec import page_spec
     from sgl_kvq.kernels.append.api import append
     from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
     from sgl_kvq.kernels.extend.batch import upload_extend
-    from sgl_kvq.kernels.extend.configs import fused_limits, prefill_head_dim
+    from sgl_kvq.kernels.extend.configs import prefill_head_dim
     from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
     from sgl_kvq.kernels.extend.plan import plan_extend
 
     device, sm_scale = q.device, layout.head_dim**-0.5
     fresh_lens = [n - prefix for n, prefix in zip(SEQ_LENS, PREFIX_LENS, strict=True)]
     workspace = ExtendWorkspace(layout, len(sample.pages), device)
-    limits = fused_limits(page_spec(layout), GQA_GROUP, device)
-    if limits is not None:
-        limits = replace(limits, min_pages=1)  # so that the fused kernel takes part
-    plan = plan_extend(list(PREFIX_LENS), fresh_lens, False, len(sample.pages), limits)
+    plan = plan_extend(list(PREFIX_LENS), fresh_lens, False, len(sample.pages))
     workspace.reserve(plan.scratch_pages)
     attention = FlashInferAttention(
         q.shape[1],
@@ -91,8 +86,8 @@ def _by_kernel(
     contained = torch.zeros((), dtype=torch.int64, device=device)
     append(cache, layout, k, v, batch.touched, contained, prior_rows)
     return extend(
-        q, k, v, cache, layout, batch.passes, batch.fills, batch.fused, batch.touched, prior_rows,
-        attention, workspace, sm_scale,
+        q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows,
+        attention, workspace,
     )[0]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sgl_kvq.errors import WireError
 from sgl_kvq.transfer.blocks import HeadRange, PageIds
@@ -15,6 +16,9 @@ from sgl_kvq.transfer.messages import MAX_LIST, Request
 from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.thread import Ticket
 from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, check_payload
+
+Bools = npt.NDArray[np.bool_]
+_NOTHING, _NOT_OURS = np.zeros(0, dtype=bool), np.zeros(1, dtype=bool)
 
 
 class InTransfer:
@@ -135,7 +139,7 @@ class InPart:
         """
         if header.seq in self.received:
             return False
-        self._check_header(header)
+        left = self._check_header(header)
         check_payload(header, payload)
         raw = decode_payload(header.codec, payload, header.raw_bytes)
         if header.kind is BlockKind.METADATA:
@@ -143,17 +147,18 @@ class InPart:
             self.transfer.metadata = self.transfer.metadata or bytes(raw)
         else:
             self._write(header, raw)
+            left[:] = False
         self.received.add(header.seq)
         self.wire_bytes += len(payload)
         self.last_progress = time.monotonic()
         return True
 
-    def _check_header(self, header: BlockHeader) -> None:
-        """Refuse a block outside the transfer's own pages, slots, layers or heads."""
+    def _check_header(self, header: BlockHeader) -> Bools:
+        """What a block fills; refuse one outside the transfer's own pages, slots, layers, heads."""
         if header.fingerprint != self._fingerprint:
             raise WireError(f"block {header.seq}: made for another format or model")
         if header.kind is BlockKind.METADATA:
-            return
+            return _NOTHING
         if header.first_head != self.heads.first or header.num_heads != self.heads.count:
             raise WireError(
                 f"block {header.seq}: {header.num_heads} heads from {header.first_head}, asked for "
@@ -167,10 +172,12 @@ class InPart:
                 f"block {header.seq}: layers {header.first_layer} to "
                 f"{header.first_layer + header.num_layers} of {self._access.num_layers}"
             )
-        if not self._left(header).all():
+        left = self._left(header)
+        if not left.all():
             raise WireError(f"block {header.seq}: its place is taken or not part of the transfer")
+        return left
 
-    def _left(self, header: BlockHeader) -> np.ndarray:
+    def _left(self, header: BlockHeader) -> Bools:
         """What the block would fill, as bools; all True if nothing of it is filled."""
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         if header.kind is not BlockKind.PAGES:
@@ -180,12 +187,12 @@ class InPart:
                 if header.kind is BlockKind.OPEN_ROWS
                 else header.num_rows == rows
             ):
-                return np.zeros(1, dtype=bool)
+                return _NOT_OURS
             return self._rows_left[header.kind][layers]
         first = header.first_page - self.transfer.prefix_pages
         end = first + header.num_pages
         if header.num_pages == 0 or first < 0 or end > len(self.transfer.pages):
-            return np.zeros(1, dtype=bool)
+            return _NOT_OURS
         return self._pages_left[layers, first:end]
 
     def _write(self, header: BlockHeader, raw: Buffer) -> None:
@@ -196,4 +203,3 @@ class InPart:
         else:
             place = self._slots[header.kind]
         transfer.ticket.advance(lambda: self._access.write(header, raw, place))
-        self._left(header)[:] = False

@@ -33,7 +33,7 @@ class TransferMetrics:
         self._transfers = counters["sgl_kvq:transfer_transfers_total"]
         self._seconds = seconds
         self._side = side
-        self._counted = dict.fromkeys(BlockKind, (0, 0))
+        self._counted = [(0, 0)] * len(BlockKind)
         self._closed_page_tokens = 0.0
 
     def count_block(
@@ -53,12 +53,12 @@ class TransferMetrics:
 
     def flush(self) -> None:
         """Add what was counted since the last call."""
-        for kind, (blocks, total_bytes) in self._counted.items():
+        for kind, (blocks, total_bytes) in zip(BlockKind, self._counted, strict=True):
             if blocks:
                 self._blocks.inc(blocks)
                 self._wire_bytes[kind].inc(total_bytes)
                 self._header_bytes.inc(blocks * (HEADER_BYTES + 1))
-                self._counted[kind] = (0, 0)
+        self._counted = [(0, 0)] * len(BlockKind)
         if self._closed_page_tokens:
             self._tokens.inc(self._closed_page_tokens)
             self._closed_page_tokens = 0.0

@@ -59,7 +59,7 @@ class TransferArgs:
         int,
         "With kvq-zmq, prefill instance: KiB a block is filled up to.",
         NS("disagg"),
-    ] = 1024
+    ] = 4096
     kv_quant_transfer_codec: Annotated[
         str,
         Arg(
@@ -94,7 +94,7 @@ class TransferConfig:
     keys: Path | None = None
     deadline_s: float = 30.0
     window_bytes: int = 32 * 2**20
-    block_bytes: int = 2**20
+    block_bytes: int = 4 * 2**20
     codec: str = "identity"
 
     def __post_init__(self) -> None:

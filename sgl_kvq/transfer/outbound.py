@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from sgl_kvq.transfer.blocks import Block, HeadRange
 from sgl_kvq.transfer.messages import Request
+from sgl_kvq.transfer.send_buffers import Bytes, SendBuffers
 from sgl_kvq.transfer.thread import Ticket
 
 MAX_TRIES = 5
@@ -17,10 +18,11 @@ MAX_ROOMS_A_PEER = 4096
 
 @dataclass
 class Flight:
-    """A block that was sent and not acknowledged: when in the order of sending, how large."""
+    """A block that was sent and not acknowledged: when in the order of sending, its size, where."""
 
     order: int
     wire_bytes: int
+    buffer: Bytes | None
 
 
 @dataclass
@@ -31,13 +33,15 @@ class Peer:
         identity: Routing id of its connection.
         instance: Drawn by its process.
         reachable: Whether ZeroMQ still has a connection to it.
-        bytes_in_flight: Sent and not acknowledged, over all its rooms.
+        bytes_sent: All that ever left, over all its rooms.
+        bytes_in_flight: Of these, not acknowledged.
         turn: Rooms with something to send, the next one first.
     """
 
     identity: bytes
     instance: int
     reachable: bool = True
+    bytes_sent: int = 0
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
     turn: deque[Outbound] = field(default_factory=deque)
@@ -50,13 +54,15 @@ class Outbound:
         room: The room.
         peer: Where it goes.
         request: As the peer sent it first.
+        buffers: Where a block's buffer goes once the block has landed.
     """
 
     _order = itertools.count()
 
-    def __init__(self, room: OutRoom, peer: Peer, request: Request) -> None:
+    def __init__(self, room: OutRoom, peer: Peer, request: Request, buffers: SendBuffers) -> None:
         self.room = room
         self.peer = peer
+        self._buffers = buffers
         self.nonce = request.nonce
         self.heads = HeadRange(request.first_head, request.first_head + request.num_heads)
         self.pending: deque[int] = deque()
@@ -78,10 +84,11 @@ class Outbound:
             self.peer.turn.append(self)
         self.pending.extend(fresh)
 
-    def sent(self, seq: int, wire_bytes: int) -> None:
-        """Note that a block left."""
-        self.flights[seq] = Flight(next(self._order), wire_bytes)
+    def sent(self, seq: int, wire_bytes: int, buffer: Bytes | None) -> None:
+        """Note that a block left, and the buffer that it lies in."""
+        self.flights[seq] = Flight(next(self._order), wire_bytes, buffer)
         self.tries[seq] = self.tries.get(seq, 0) + 1
+        self.peer.bytes_sent += wire_bytes
         self.peer.bytes_in_flight += wire_bytes
 
     def acknowledge(self, seqs: list[int]) -> list[int]:
@@ -139,6 +146,8 @@ class Outbound:
         if flight is None:
             return False
         self.peer.bytes_in_flight -= flight.wire_bytes
+        if flight.buffer is not None:
+            self._buffers.give(flight.buffer)
         return True
 
 

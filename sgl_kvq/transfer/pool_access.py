@@ -172,9 +172,10 @@ class CpuPoolAccess(PoolAccess):
         heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         if header.kind is BlockKind.PAGES:
-            columns = self.columns(heads)
+            columns, run = self.columns(heads), run_of(place)
+            where = place if run is None else run
             for array, values in zip(self._pages[layers], source, strict=True):
-                array[place, columns] = values
+                array[where, columns] = values
             return
         part = heads.within(self.heads)
         for array, values in zip(self._rows[header.kind][layers], source, strict=True):

@@ -31,6 +31,7 @@ from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.outbound import MAX_ROOMS_A_PEER, MAX_TRIES, Outbound, OutRoom, Peer
 from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.pump import Pump
+from sgl_kvq.transfer.send_buffers import SendBuffers
 from sgl_kvq.transfer.thread import CONTROL, Ticket, TransferThread
 from sgl_kvq.transfer.wire import WIRE_VERSION
 
@@ -74,8 +75,16 @@ class PrefillThread(TransferThread):
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._buffers = SendBuffers(access.new_buffer)
         self._pump = Pump(
-            self.socket, access, config, self.digest, self.metrics, on_sending, self._fail
+            self.socket,
+            access,
+            self._buffers,
+            config,
+            self.digest,
+            self.metrics,
+            on_sending,
+            self._fail,
         )
         self.socket.ipv6 = ":" in config.host
         self._authenticator = secure_server(self.socket, config.keys) if config.keys else None
@@ -229,7 +238,7 @@ class PrefillThread(TransferThread):
         if out is None:
             out = self.rooms[request.room] = OutRoom(request.room)
         out.request = out.request or request
-        out.outbounds[peer.identity] = Outbound(out, peer, request)
+        out.outbounds[peer.identity] = Outbound(out, peer, request, self._buffers)
         out.last_sign = time.monotonic()
         self._check_asked(out)
 
@@ -309,7 +318,7 @@ class PrefillThread(TransferThread):
 
     def work(self) -> bool:
         """Send a few blocks."""
-        return self._pump.send_some(list(self.peers.values()))
+        return self._pump.send_some(self.peers.values())
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if peer.reachable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import zmq
 
@@ -19,7 +19,8 @@ from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, p
 
 logger = logging.getLogger(__name__)
 
-BLOCKS_A_ROUND = 8
+ROUND_BYTES = 4 * 2**20
+"""Sent to a peer before the others, and messages, get their turn."""
 # As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
 _MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
@@ -30,6 +31,7 @@ class Pump:
     Args:
         socket: ROUTER socket of the prefill rank.
         access: Its pool.
+        buffers: What blocks are read into; `Outbound` gives them back.
         config: Window and codec.
         digest: Fingerprint for the headers.
         metrics: Where to count.
@@ -41,6 +43,7 @@ class Pump:
         self,
         socket: zmq.Socket[bytes],
         access: PoolAccess,
+        buffers: SendBuffers,
         config: TransferConfig,
         digest: int,
         metrics: TransferMetrics,
@@ -51,13 +54,14 @@ class Pump:
         self._window_bytes = config.window_bytes
         self._codec = get_codec(config.codec)
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
-        self._buffers = SendBuffers(access.new_buffer)
+        self._buffers = buffers
 
-    def send_some(self, peers: Sequence[Peer]) -> bool:
+    def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few blocks to each peer; True if one has more that fits its window."""
         more = False
         for peer in peers:
-            for _ in range(BLOCKS_A_ROUND):
+            enough = peer.bytes_sent + ROUND_BYTES
+            while peer.bytes_sent < enough:
                 if not self._send_next(peer):
                     break
             else:
@@ -116,11 +120,8 @@ class Pump:
         )
         for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
             self._socket.send(frame, _MORE)
-        tracker = self._socket.send(payload, _LAST, copy=False, track=buffer is not None)
-        if buffer is not None:
-            assert tracker is not None
-            self._buffers.give(buffer, tracker)
-        outbound.sent(seq, len(payload))
+        self._socket.send(payload, _LAST, copy=False)
+        outbound.sent(seq, len(payload), buffer)
         if out.bytes_sent == 0:
             ticket.advance(lambda: self._on_sending(out.room))
         out.bytes_sent += len(payload)

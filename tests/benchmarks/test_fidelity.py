@@ -16,18 +16,19 @@ from benchmarks.fidelity.teacher import Teacher, page_attention
 from sgl_kvq.config import PAGE_SIZE
 
 
-def test_own_page_from_rows_and_earlier_pages_as_stored() -> None:
+@pytest.mark.parametrize("window_pages", [0, 1, 2])
+def test_recent_pages_from_rows_and_earlier_pages_as_stored(window_pages: int) -> None:
     """Against one softmax over both, with more queries than one call takes."""
     torch.manual_seed(0)
     q, k, v, read_k, read_v = torch.randn(5, 3, 13 * PAGE_SIZE, 64, dtype=torch.float64)
     position = torch.arange(q.shape[1])
     page = position // PAGE_SIZE
-    own = page[:, None] == page
+    own = page[:, None] - page <= window_pages
     scores = torch.where(own, q @ k.transpose(1, 2), q @ read_k.transpose(1, 2)) / 8
     scores = scores.masked_fill(position[:, None] < position, -torch.inf)
     weights = scores.softmax(-1)
     expected = (weights * own) @ v + (weights * ~own) @ read_v
-    found = page_attention(q, (k, v), (read_k, read_v), 1 / 8)
+    found = page_attention(q, (k, v), (read_k, read_v), 1 / 8, window_pages)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 

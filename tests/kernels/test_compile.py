@@ -18,9 +18,6 @@ from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
-from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_launch
-from sgl_kvq.kernels.extend.fused import _fused_fwd_kernel
-from sgl_kvq.kernels.extend.fused import _merge_fwd_kernel as _merge_prefixes_kernel
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
 from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
 
@@ -122,22 +119,6 @@ def test_rotation(arch: int) -> None:
 def test_fill(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}
     assert compile_for(_fill_fwd_kernel, arch, constants, num_warps=4, enable_fp_fusion=False)
-
-
-@pytest.mark.parametrize(
-    ("arch", "name", "head_dim"),
-    [(80, "hack2", 128), (89, "kvq4", 64), (90, "hack2", 128), (90, "hack4", 128)],
-)
-def test_fused_extend(arch: int, name: str, head_dim: int) -> None:
-    constants = {"GQA": 4, "BLOCK_M": FUSED_BLOCK_ROWS, "SPEC": spec_of(name, head_dim)}
-    launch = fused_launch()
-    stages = launch.pop("STAGES")
-    compiled = compile_for(
-        _fused_fwd_kernel, arch, {**constants, "SINKS": 4, "STAGES": stages}, **launch
-    )
-    assert ("wgmma" in compiled.asm["ptx"]) == (arch == 90)
-    assert "fma.rn.bf16x2" in compiled.asm["ptx"]
-    assert compile_for(_merge_prefixes_kernel, arch, {**constants, "BLOCK_R": 4}, num_warps=4)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

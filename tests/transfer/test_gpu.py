@@ -130,6 +130,9 @@ def test_work_on_another_stream_is_not_held_up() -> None:
     stream = torch.cuda.Stream()
     weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
     rows = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.cuda.stream(stream):
+        rows @ weight  # what cuBLAS sets up cannot be captured
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         x = rows

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair import (
     METADATA,
     DecodeSide,
     PrefillSide,
     assert_equal,
+    fingerprint,
+    make_pool,
     stopped,
     take_pages,
     wait_for,
 )
+from prometheus_client import REGISTRY
+from proxy import Proxy
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.errors import ConfigError
+from sgl_kvq.errors import ConfigError, TransferError
 from sgl_kvq.transfer.auth import make_keys
 from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
+from sgl_kvq.transfer.handshake import check_fingerprint
 from sgl_kvq.transfer.link import LinkState
+from sgl_kvq.transfer.messages import Hello, Refuse, pack_message, parse_message
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.send_buffers import SendBuffers
-from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES, BlockKind
+from sgl_kvq.transfer.thread import TICK_S
+from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES, WIRE_VERSION, BlockKind
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 
@@ -145,6 +154,114 @@ def test_handshake_names_both_values(other: dict[str, str], words: str) -> None:
         wait_for(lambda: bool(result.result))
         assert words in result.reason
         assert decode.thread.link_state(prefill.endpoint)[0] is LinkState.REFUSED
+
+
+def test_handshake_compares_everything() -> None:
+    """Every field that one side has otherwise, or not at all, is named with both values."""
+    mine = fingerprint(make_pool())
+    expected = {"format", "page size", "prefill mode", "head_dim", "KV heads", "layers", "weights"}
+    assert expected <= set(mine)
+    check_fingerprint(mine, dict(mine))
+    for name, value in mine.items():
+        with pytest.raises(TransferError, match=re.escape(f"{name}: prefill {value}, decode 7x")):
+            check_fingerprint(mine, mine | {name: "7x"})
+        with pytest.raises(
+            TransferError, match=re.escape(f"{name}: prefill unset, decode {value}")
+        ):
+            check_fingerprint({k: v for k, v in mine.items() if k != name}, mine)
+
+
+def test_another_wire_version_is_refused_with_both_versions() -> None:
+    prefill = PrefillSide(CONFIG)
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    with stopped(prefill), socket:
+        socket.connect(prefill.endpoint)
+        hello = Hello(WIRE_VERSION + 1, 1, prefill.thread.fingerprint)
+        socket.send_multipart([b"C", pack_message(hello)])
+        assert socket.poll(5000)
+        answer = parse_message(socket.recv_multipart()[1])
+        assert isinstance(answer, Refuse)
+        assert f"prefill {WIRE_VERSION}, decode {WIRE_VERSION + 1}" in answer.reason
+        assert not prefill.thread.peers
+
+
+def test_a_message_of_many_frames_is_dropped() -> None:
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    with stopped(prefill, decode), socket:
+        socket.connect(prefill.endpoint)
+        refused = prefill.thread.metrics.refused._value.get()
+        socket.send_multipart([b"C"] * 1000)
+        wait_for(lambda: prefill.thread.metrics.refused._value.get() == refused + 1)
+        ship(prefill, decode, 1, 300)
+
+
+def test_metrics_count_what_went_over_the_wire() -> None:
+    def totals(side: str) -> dict[tuple[str, str], float]:
+        return {
+            (
+                sample.name,
+                sample.labels.get("kind") or sample.labels.get("result") or "",
+            ): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name.startswith("sgl_kvq:transfer") and sample.labels.get("side") == side
+        }
+
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    with stopped(prefill, decode):
+        before = {side: totals(side) for side in ("prefill", "decode")}
+        ship(prefill, decode, 1, 300)
+        time.sleep(2 * TICK_S)
+        layout = prefill.pool.layout
+        for side, old in before.items():
+            now = totals(side)
+
+            def gained(name: str, label: str = "", now: Any = now, old: Any = old) -> float:
+                key = (f"sgl_kvq:transfer_{name}", label)
+                return now.get(key, 0.0) - old.get(key, 0.0)
+
+            assert gained("transfers_total", "success") == 1
+            assert gained("wire_bytes_total", "pages") == 3 * 4 * layout.page_bytes
+            assert gained("wire_bytes_total", "metadata") == len(METADATA)
+            assert gained("wire_bytes_total", "header") == 81 * gained("blocks_total")
+            assert gained("closed_page_tokens_total") == 4 * PAGE_SIZE
+            assert gained("retries_total") == gained("checksum_failures_total") == 0
+            assert gained("state_seconds_count") >= 1
+
+
+def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
+    """They are sent from where they lie; SGLang frees them, another request writes them."""
+    config = TransferConfig(deadline_s=10.0, block_bytes=2**20)
+    prefill, decode = (side(config, format_name="bf16") for side in (PrefillSide, DecodeSide))
+    proxy = Proxy(prefill.thread.port)
+    pages = torch.arange(1, 61)  # 12 MB, more than the sockets' buffers take
+    with stopped(prefill, decode):
+        for pool in (prefill.pool, decode.pool):
+            pool.sink_slots.acquire(pages[:1])
+        prefill.open(1)
+        decode.announce(1, [proxy.endpoint])
+        decode.start(1, pages)
+        wait_for(lambda: 1 in prefill.asked)
+        original = [layer.pages.clone() for layer in prefill.pool.layers]
+        untouched = [layer.pages.clone() for layer in decode.pool.layers]
+        proxy.stalled.set()
+        prefill.send(1, pages, len(pages) * PAGE_SIZE)
+        wait_for(lambda: prefill.thread.rooms[1].bytes_sent > 11_000_000)
+        for layer in prefill.pool.layers:  # no abort is sent: the worst order of events
+            layer.pages.fill_(0x55)
+        prefill.outcomes[1].ticket.fail("aborted")
+        failures = decode.thread.metrics.checksum_failures._value.get()
+        proxy.stalled.clear()
+        wait_for(lambda: decode.thread.metrics.checksum_failures._value.get() > failures)
+        time.sleep(0.3)
+        for mine, other, old in zip(original, decode.pool.layers, untouched, strict=True):
+            for page in pages.tolist():
+                now = other.pages[page]
+                assert torch.equal(now, mine[page]) or torch.equal(now, old[page])
+        proxy.close()
 
 
 def test_a_slow_decode_instance_slows_only_itself() -> None:
@@ -278,6 +395,7 @@ def test_port_in_use_is_one_line() -> None:
             PrefillSide(TransferConfig(port=port))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 500), max_size=40, unique=True),
     st.integers(1, 9),
@@ -311,21 +429,26 @@ def test_an_open_page_of_a_large_model_fits_the_wire() -> None:
     assert max(block.num_layers * 63 * row_bytes for block in blocks) <= MAX_BLOCK_BYTES
 
 
-def test_a_buffer_is_not_lent_while_its_message_is_under_way() -> None:
-    class Tracker:
-        done = False
-
+def test_buffers_are_used_again_and_all_come_back() -> None:
     buffers = SendBuffers(lambda nbytes: np.empty(nbytes, dtype=np.uint8))
-    first, first_tracker = buffers.take(100_000), Tracker()
-    buffers.give(first, first_tracker)
-    second, second_tracker = buffers.take(90_000), Tracker()
+    first, second = buffers.take(100_000), buffers.take(90_000)
     assert second is not first
     assert len(second) == len(first) == 131_072
-    buffers.give(second, second_tracker)
-    second_tracker.done = True
-    assert buffers.take(100_000) is second
-    first_tracker.done = True
-    assert buffers.take(100_000) is first
+    buffers.give(first)
+    assert buffers.take(70_000) is first
+
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    made: list[int] = []
+    prefill.thread._buffers._make = lambda nbytes: made.append(nbytes) or np.empty(nbytes, np.uint8)
+    with stopped(prefill, decode):
+        for room in range(1, 4):
+            ship(prefill, decode, room, 1000)
+            for pool in (prefill.pool, decode.pool):
+                pool.open_slots.release(torch.arange(pool.plan.num_pages))
+                pool.sink_slots.release(torch.arange(pool.plan.num_pages))
+        wait_for(lambda: not prefill.thread.rooms)
+        assert sum(map(len, prefill.thread._buffers._free.values())) == len(made)
+        assert len(made) <= CONFIG.window_bytes // CONFIG.block_bytes + 8
 
 
 def test_heads_of_ranks() -> None:

@@ -17,7 +17,7 @@ from compare import logprob_differences
 from proxy import Proxy
 from scheduler_harness import Result
 
-from benchmarks.pd import Cluster, launch_pd, transfer_metrics
+from benchmarks.pd import START_TIMEOUT_S, Cluster, launch_pd, transfer_metrics
 from benchmarks.servers import Launch, free_port, launch_servers
 
 pytestmark = pytest.mark.long
@@ -54,7 +54,8 @@ def ask(cluster: Cluster, prompt: list[int]) -> Result:
             },
             "return_logprob": True,
             "top_logprobs_num": 2,
-        }
+        },
+        timeout_s=600,
     )
     assert answer.status_code == 200, answer.text
     meta = answer.json()["meta_info"]
@@ -112,7 +113,9 @@ def test_pd_equals_one_server(
     common = ["--chunked-prefill-size", "512", "--max-running-requests", "4", "--random-seed", "0"]
     common += ["--kv-quant-memory-gb", str(MEMORY_GB), "--enable-metrics", *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
-    with launch_pd(model_path, common, tmp_path, decode_flags=decode_flags) as cluster:
+    with launch_pd(
+        model_path, common, tmp_path, decode_flags=decode_flags, start_timeout_s=START_TIMEOUT_S
+    ) as cluster:
         answers = [ask(cluster, prompt) for prompt in prompts]
         before = transfer_metrics(cluster.prefill)
         known = ask(cluster, prompts[4])
@@ -200,7 +203,13 @@ def test_sixteen_at_once_equal_one_server(
     common += ["--kv-quant-memory-gb", "0.02", "--enable-metrics", *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
     with (
-        launch_pd(tiny_model_path, common, tmp_path, decode_flags=decode_flags) as cluster,
+        launch_pd(
+            tiny_model_path,
+            common,
+            tmp_path,
+            decode_flags=decode_flags,
+            start_timeout_s=START_TIMEOUT_S,
+        ) as cluster,
         ThreadPoolExecutor(16) as pool,
     ):
         answers = list(pool.map(lambda prompt: ask(cluster, prompt), crowd))
@@ -252,19 +261,20 @@ def test_kill_and_restart_of_either_instance(
     with launch_servers(
         tiny_model_path,
         [Launch(prefill, tmp_path / "prefill.log"), Launch(decode, tmp_path / "decode.log")],
+        START_TIMEOUT_S,
     ) as (first_prefill, first_decode):
         cluster = Cluster(first_prefill, first_decode, bootstrap_port)
         expected = ask(cluster, prompt).output_ids
         interrupted(cluster, first_decode)
-        with launch_servers(tiny_model_path, [Launch(decode, tmp_path / "decode2.log")]) as (
-            again,
-        ):
+        with launch_servers(
+            tiny_model_path, [Launch(decode, tmp_path / "decode2.log")], START_TIMEOUT_S
+        ) as (again,):
             cluster = Cluster(first_prefill, again, bootstrap_port)
             assert ask(cluster, prompt).output_ids == expected
             interrupted(cluster, first_prefill)
-            with launch_servers(tiny_model_path, [Launch(prefill, tmp_path / "prefill2.log")]) as (
-                new,
-            ):
+            with launch_servers(
+                tiny_model_path, [Launch(prefill, tmp_path / "prefill2.log")], START_TIMEOUT_S
+            ) as (new,):
                 assert ask(Cluster(new, again, bootstrap_port), prompt).output_ids == expected
     proxy.close()
 

@@ -24,6 +24,9 @@ from sgl_kvq.transfer.wire import (
     payload_checksum,
 )
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
+
 
 def unsigned(bits: int) -> st.SearchStrategy[int]:
     return st.integers(0, 2**bits - 1)

@@ -10,16 +10,11 @@ import torch
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import page_spec
-from sgl_kvq.kernels._rotation import rotate_rows
 from sgl_kvq.kernels.append.api import TouchedPages
-from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_launch, prefill_head_dim
-from sgl_kvq.kernels.extend.fused import _fused_fwd_kernel, _merge_fwd_kernel
+from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
-from sgl_kvq.kernels.extend.plan import AttentionPass
+from sgl_kvq.kernels.extend.passes import AttentionPass
 from sgl_kvq.kernels.paged_cache import PagedCache
-
-LOG2_E = 1.4426950408889634
-MERGED_ROWS = 4  # of a program that merges partial results
 
 
 class PrefillAttention(Protocol):
@@ -71,23 +66,6 @@ class ScratchFills:
     sink_slots: torch.Tensor
     touched: torch.Tensor
     targets: torch.Tensor
-
-
-@dataclass(frozen=True)
-class FusedItems:
-    """Prefixes for the fused kernel; int32 each, see `FusedPlan`.
-
-    Args:
-        pages: [n], page rows.
-        sink_slots: [n], sink slot of a first page; 0 for other pages.
-        items: [items, 5].
-        blocks: [blocks, 5].
-    """
-
-    pages: torch.Tensor
-    sink_slots: torch.Tensor
-    items: torch.Tensor
-    blocks: torch.Tensor
 
 
 class ExtendWorkspace:
@@ -149,46 +127,6 @@ def fill_scratch(
     )  # fmt: skip
 
 
-def attend_prefixes(
-    q: torch.Tensor,
-    cache: PagedCache,
-    layout: PageLayout,
-    fused: FusedItems,
-    sm_scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Attend to closed pages in codes and merge into (out, lse), which hold a result already.
-
-    Args:
-        q: [tokens, num_qo_heads, head_dim] of `layout.row_dtype`, channels contiguous.
-        cache: The layer's storage.
-        layout: Of the pages; `fused_obstacle` has nothing against it.
-        fused: Which rows attend to which pages.
-        sm_scale: Factor on the scores.
-        out: Like q, updated.
-        lse: float32 [tokens, num_qo_heads] in log base 2, contiguous, updated.
-    """
-    spec = page_spec(layout)
-    num_heads, head_dim = q.shape[1:]
-    group = num_heads // layout.num_kv_heads
-    q_codes = rotate_rows(q, spec.k.rotation) if spec.k.rotation > 1 else q
-    num_items, num_blocks = len(fused.items), len(fused.blocks)
-    num_rows = num_items * layout.num_kv_heads * FUSED_BLOCK_ROWS
-    part = torch.empty((num_rows, head_dim), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
-    _fused_fwd_kernel[(num_items, layout.num_kv_heads)](
-        q, q_codes, q.stride(0), q.stride(1), q_codes.stride(0), q_codes.stride(1),
-        cache.pages, cache.sink_rows, fused.pages, fused.sink_slots, fused.items, part, part_lse,
-        sm_scale * LOG2_E,
-        GQA=group, SINKS=cache.sink_tokens, BLOCK_M=FUSED_BLOCK_ROWS, SPEC=spec, **fused_launch(),
-    )  # fmt: skip
-    _merge_fwd_kernel[(num_blocks, layout.num_kv_heads, FUSED_BLOCK_ROWS // MERGED_ROWS)](
-        part, part_lse, fused.blocks, out, lse, out.stride(0), out.stride(1), num_heads,
-        GQA=group, BLOCK_M=FUSED_BLOCK_ROWS, BLOCK_R=MERGED_ROWS, SPEC=spec, num_warps=4,
-    )  # fmt: skip
-
-
 def extend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -197,19 +135,16 @@ def extend(
     layout: PageLayout,
     passes: list[AttentionPass],
     fills: list[ScratchFills],
-    fused: FusedItems | None,
     touched: TouchedPages,
     prior_rows: torch.Tensor,
     attention: PrefillAttention,
     workspace: ExtendWorkspace,
-    sm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of fresh tokens over their whole sequences.
 
     Pages of codes are dequantized to 16 bits into a buffer of bounded size, a pass at a time: a
     matrix product of many rows is bound by the tensor cores, for which FlashInfer's kernels are
-    fast, and dequantizing is a few percent of it. Few rows behind a long prefix would wait for the
-    buffer's bytes instead; there the fused kernel dequantizes in registers (`fused`).
+    fast, and dequantizing is a few percent of it.
 
     Args:
         q: [tokens, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, requests one after
@@ -220,19 +155,16 @@ def extend(
         layout: Of the pages.
         passes: Of `plan_extend`, planned by `attention`.
         fills: Of each pass, on the device.
-        fused: Prefixes that no pass covers, or None.
         touched: Pages that got rows in this step.
         prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], rows that resumed pages held before.
         attention: Runs the passes.
         workspace: Scratch buffer.
-        sm_scale: Factor on the scores.
 
     Returns:
         (out like q, lse float32 [tokens, num_qo_heads] in log base 2 as FlashInfer's).
     """
     head_dim = q.shape[2]
     padding = workspace.kv.shape[3] - head_dim
-    q_rows = q
     q = torch.nn.functional.pad(q, (0, padding)) if padding else q.contiguous()
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -246,7 +178,4 @@ def extend(
         other, other_lse = torch.empty_like(out[rows]), torch.empty_like(lse[rows])
         attention.run(index, step, q[rows], keys, values, other, other_lse)
         attention.merge(out[rows], lse[rows], other, other_lse)
-    out = out[..., :head_dim]
-    if fused is not None:
-        attend_prefixes(q_rows, cache, layout, fused, sm_scale, out, lse)
-    return out, lse
+    return out[..., :head_dim], lse

@@ -9,9 +9,14 @@ import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels.append.api import TouchedPages
-from sgl_kvq.kernels.extend.api import FusedItems, ScratchFills
-from sgl_kvq.kernels.extend.plan import AttentionPass, ExtendPlan, FillPlan, TouchedPlan
-from sgl_kvq.kernels.extend.split import FusedPlan, IntArray
+from sgl_kvq.kernels.extend.api import ScratchFills
+from sgl_kvq.kernels.extend.passes import (
+    AttentionPass,
+    ExtendPlan,
+    FillPlan,
+    IntArray,
+    TouchedPlan,
+)
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 
 
@@ -23,14 +28,12 @@ class ExtendBatch:
         touched: Pages that get rows.
         passes: Attention passes.
         fills: Of each pass.
-        fused: Prefixes for the fused kernel; None: none.
         resumed_slots: int32 [m], open slots with the earlier rows of resumed pages.
     """
 
     touched: TouchedPages
     passes: list[AttentionPass]
     fills: list[ScratchFills]
-    fused: FusedItems | None
     resumed_slots: torch.Tensor
 
     def prior_rows(self, cache: PagedCache) -> torch.Tensor:
@@ -60,11 +63,7 @@ def upload_extend(
     """
     device = req_to_token.device
     touched = plan.touched
-    parts: list[TouchedPlan | FillPlan | FusedPlan] = [
-        touched,
-        *(step.fills for step in plan.passes),
-        plan.fused,
-    ]
+    parts: list[TouchedPlan | FillPlan] = [touched, *(step.fills for step in plan.passes)]
     sizes = [len(part.page) for part in parts]
     columns = [
         *(part.request for part in parts),
@@ -72,8 +71,6 @@ def upload_extend(
         *(touched.resumed, touched.first, touched.end, touched.start),
         *(step.fills.touched for step in plan.passes),
         *(step.fills.target for step in plan.passes),
-        plan.fused.items.flatten(),
-        plan.fused.blocks.flatten(),
         plan.resumed_requests,
         _first_touched(plan),
     ]
@@ -101,15 +98,6 @@ def upload_extend(
         )
         for n in range(num_passes)
     ]
-    fused = None
-    if len(plan.fused.items):
-        items, blocks = fill_columns[2 * num_passes : 2 * num_passes + 2]
-        fused = FusedItems(
-            pages=page_parts[-1],
-            sink_slots=sink_parts[-1],
-            items=items.view(plan.fused.items.shape),
-            blocks=blocks.view(plan.fused.blocks.shape),
-        )
     return ExtendBatch(
         touched=TouchedPages(
             pages=page_parts[0],
@@ -123,7 +111,6 @@ def upload_extend(
         ),
         passes=plan.passes,
         fills=fills,
-        fused=fused,
         resumed_slots=_resumed_slots(
             fill_columns[-2], fill_columns[-1], req_to_token, req_pool_indices, slots
         ),

@@ -9,7 +9,7 @@ import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.kernels.extend.configs import prefill_backend
-from sgl_kvq.kernels.extend.plan import AttentionPass
+from sgl_kvq.kernels.extend.passes import AttentionPass
 
 WORKSPACE_BYTES = 384 << 20  # what SGLang gives FlashInfer; partial results of its split KV
 

@@ -2,8 +2,7 @@
 
 Keys of a batch are laid out in the scratch buffer page by page: closed pages from their codes,
 pages this step writes to from their 16-bit rows. Requests share a pass while they fit; a prefix
-larger than the buffer is attended to in several passes, whose results are merged by LSE. Prefixes
-of few fresh tokens do not come there: the fused kernel reads them as they are (`split.py`).
+larger than the buffer is attended to in several passes, whose results are merged by LSE.
 """
 
 from __future__ import annotations
@@ -13,91 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.kernels.extend.split import FusedLimits, FusedPlan, IntArray, plan_fused
-
-
-@dataclass(frozen=True)
-class TouchedPlan:
-    """Pages that get fresh rows; int32 [n] each, requests one after the other.
-
-    Args:
-        request: Which request of the batch.
-        page: Page index in its sequence.
-        resumed: Which of the resumed pages (those with rows of earlier steps) this is, else 0.
-        first: First fresh row in the page.
-        end: One after the last fresh row.
-        start: Row of k and v that becomes row `first`.
-    """
-
-    request: IntArray
-    page: IntArray
-    resumed: IntArray
-    first: IntArray
-    end: IntArray
-    start: IntArray
-
-
-@dataclass(frozen=True)
-class FillPlan:
-    """Pages to write to the scratch buffer; int32 [n] each.
-
-    Args:
-        request: Which request of the batch.
-        page: Page index in its sequence.
-        touched: Index of the touched page whose 16-bit rows to copy; -1: dequantize the codes.
-        target: Token of the scratch buffer where row 0 goes.
-    """
-
-    request: IntArray
-    page: IntArray
-    touched: IntArray
-    target: IntArray
-
-
-@dataclass(frozen=True)
-class AttentionPass:
-    """One attention call: rows `q_begin` to `q_end` of q against what `fills` wrote.
-
-    Args:
-        fills: What the scratch buffer holds.
-        q_begin, q_end: Rows of q.
-        qo_indptr: int32 [n + 1], rows of q of each sequence, counted from `q_begin`.
-        kv_indptr: int32 [n + 1], tokens of the scratch buffer, or entries of `kv_indices`.
-        kv_indices: int32 pages of the scratch buffer, so that sequences may share them; None: the
-            keys of a sequence lie in one piece.
-        kv_last_page_len: int32 [n], rows in the last page; None without `kv_indices`.
-        causal: The last query sees the last key, the one before it one less, and so on.
-        merges: These rows have a result already, of other keys.
-    """
-
-    fills: FillPlan
-    q_begin: int
-    q_end: int
-    qo_indptr: IntArray
-    kv_indptr: IntArray
-    kv_indices: IntArray | None
-    kv_last_page_len: IntArray | None
-    causal: bool
-    merges: bool
-
-
-@dataclass(frozen=True)
-class ExtendPlan:
-    """A batch: what is written, and the passes that attend to it.
-
-    Args:
-        touched: Pages that get fresh rows.
-        resumed_requests: int32 [m], requests whose first touched page has rows of earlier steps.
-        passes: In the order to run them.
-        fused: Prefixes for the fused kernel, which runs after the passes.
-        scratch_pages: Largest number of pages a pass fills.
-    """
-
-    touched: TouchedPlan
-    resumed_requests: IntArray
-    passes: list[AttentionPass]
-    fused: FusedPlan
-    scratch_pages: int
+from sgl_kvq.kernels.extend.passes import (
+    AttentionPass,
+    ExtendPlan,
+    FillPlan,
+    IntArray,
+    TouchedPlan,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +31,6 @@ class _Request:
     q_start: int
     touched_start: int
     quantized: bool
-    fused: bool
 
     @property
     def first_touched(self) -> int:
@@ -128,11 +48,6 @@ class _Request:
     def num_closed(self) -> int:
         """Pages read in codes: those before it; in quantized mode all but the last one."""
         return self.last_page if self.quantized else self.first_touched
-
-    @property
-    def scratch_prefix(self) -> int:
-        """Pages before those it touches that go through the scratch buffer: all or none."""
-        return 0 if self.fused else self.first_touched
 
     @property
     def final_pages(self) -> int:
@@ -154,7 +69,6 @@ def plan_extend(
     extend_lens: list[int],
     quantized_prefill: bool,
     max_pages: int,
-    limits: FusedLimits | None = None,
 ) -> ExtendPlan:
     """Plan a batch.
 
@@ -165,31 +79,21 @@ def plan_extend(
             step; otherwise only those closed before it.
         max_pages: Pages of the scratch buffer; a request whose causal part alone needs more gets
             a larger pass (`ExtendPlan.scratch_pages` says how large).
-        limits: Of the fused kernel; None: all prefixes go through the scratch buffer.
     """
     requests = []
     q_start = touched_start = 0
     for index, (prefix_len, extend_len) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
         seq_len = prefix_len + extend_len
-        fused = limits is not None and limits.takes(extend_len, prefix_len // PAGE_SIZE)
-        request = _Request(
-            index, prefix_len, seq_len, q_start, touched_start, quantized_prefill, fused
-        )
+        request = _Request(index, prefix_len, seq_len, q_start, touched_start, quantized_prefill)
         requests.append(request)
         q_start += extend_len
         touched_start += request.num_touched
     resumed = [request for request in requests if request.prefix_len % PAGE_SIZE]
     passes = _plan_passes(requests, max_pages)
-    fused_requests = [
-        (request.index, request.q_start, request.q_end - request.q_start, request.first_touched)
-        for request in requests
-        if request.fused
-    ]
     return ExtendPlan(
         touched=_touched(requests, {request.index: n for n, request in enumerate(resumed)}),
         resumed_requests=np.array([request.index for request in resumed], np.int32),
         passes=passes,
-        fused=plan_fused(fused_requests, limits),
         scratch_pages=max(len(step.fills.page) for step in passes),
     )
 
@@ -227,7 +131,7 @@ def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass
 
 
 def _fit(group: list[_Request], max_pages: int) -> bool:
-    prefix = sum(request.scratch_prefix for request in group)
+    prefix = sum(request.first_touched for request in group)
     final = sum(request.final_pages for request in group)
     if group[0].quantized:
         return max(prefix, final) <= max_pages
@@ -240,7 +144,7 @@ def _group_passes(group: list[_Request]) -> list[AttentionPass]:
         return []
     if not group[0].quantized:
         return [_causal_pass(group, 0)]
-    longest = max(request.scratch_prefix for request in group)
+    longest = max(request.first_touched for request in group)
     leading = [_leading_pass(group, 0, longest)] if longest else []
     return [*leading, *_quantized_passes(group, merges=bool(leading))]
 
@@ -265,7 +169,7 @@ def _leading_pass(group: list[_Request], begin: int, end: int) -> AttentionPass:
     fills: list[FillPlan] = []
     kv_lens: list[int] = []
     for request in group:
-        last = min(end, request.scratch_prefix)
+        last = min(end, request.first_touched)
         fills.append(_closed_fill(request, begin, last, sum(kv_lens)))
         kv_lens.append((last - begin) * PAGE_SIZE)
     return _ragged_pass(group, fills, kv_lens, causal=False, merges=begin > 0)
@@ -277,10 +181,9 @@ def _causal_pass(group: list[_Request], begin: int) -> AttentionPass:
     kv_lens: list[int] = []
     for request in group:
         target = sum(kv_lens)
-        first = request.num_closed if request.fused else begin
-        fills.append(_closed_fill(request, first, request.num_closed, target))
-        fills.append(_touched_fill(request, target + (request.num_closed - first) * PAGE_SIZE))
-        kv_lens.append(request.seq_len - first * PAGE_SIZE)
+        fills.append(_closed_fill(request, begin, request.num_closed, target))
+        fills.append(_touched_fill(request, target + (request.num_closed - begin) * PAGE_SIZE))
+        kv_lens.append(request.seq_len - begin * PAGE_SIZE)
     return _ragged_pass(group, fills, kv_lens, causal=True, merges=begin > 0)
 
 

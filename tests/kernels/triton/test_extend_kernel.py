@@ -9,14 +9,13 @@ from helpers import random_rows, relative_error
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
-from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import upload_extend
-from sgl_kvq.kernels.extend.configs import FUSED_BLOCK_ROWS, fused_obstacle, prefill_head_dim
+from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
-from sgl_kvq.kernels.extend.plan import AttentionPass, plan_extend
-from sgl_kvq.kernels.extend.split import FusedLimits
+from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.plan import plan_extend
 from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
 from sgl_kvq.kernels.pages import decode_keys, decode_values
 
@@ -128,12 +127,11 @@ class Sequences:
         chunks: list[int],
         quantized: bool,
         max_pages: int,
-        limits: FusedLimits | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the next chunk of some requests and attend."""
         prefix_lens = [self.lens[r] for r in requests]
         q, k, v = self.fresh(requests, chunks)
-        plan = plan_extend(prefix_lens, chunks, quantized, max_pages, limits)
+        plan = plan_extend(prefix_lens, chunks, quantized, max_pages)
         rows = torch.tensor([r + 1 for r in requests], device=self.device)
         batch = upload_extend(plan, self.req_to_token, rows, self.slots)
         prior_rows = batch.prior_rows(self.cache)
@@ -144,8 +142,8 @@ class Sequences:
         attention = self.attention()
         attention.plan(plan.passes)
         out = extend(
-            q, k, v, self.cache, self.layout, batch.passes, batch.fills, batch.fused,
-            batch.touched, prior_rows, attention, self.workspace, self.layout.head_dim**-0.5,
+            q, k, v, self.cache, self.layout, batch.passes, batch.fills,
+            batch.touched, prior_rows, attention, self.workspace,
         )  # fmt: skip
         for r, n in zip(requests, chunks, strict=True):
             self.lens[r] += n
@@ -198,10 +196,9 @@ def check(
     chunks: list[int],
     quantized: bool,
     max_pages: int,
-    limits: FusedLimits | None = None,
 ) -> None:
     prefix_lens = [sequences.lens[r] for r in requests]
-    out, lse = sequences.step(requests, chunks, quantized, max_pages, limits)
+    out, lse = sequences.step(requests, chunks, quantized, max_pages)
     assert sequences.num_contained == 0
     expected = [
         sequences.expected(r, prefix_len, quantized)
@@ -222,33 +219,6 @@ def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) 
     check(sequences, [0, 1], [320, 5], quantized, max_pages)
     check(sequences, [0, 1, 2], [1, 60, 64], quantized, max_pages)
     check(sequences, [2, 1, 0], [80, 1, 9], quantized, max_pages)
-
-
-def limits(num_programs: int) -> FusedLimits:
-    return FusedLimits(GROUP, FUSED_BLOCK_ROWS, num_programs, max_rows=60 * GROUP, min_pages=1)
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("num_programs", [1, 5])
-@pytest.mark.parametrize("name", ["hack2", "saw4"])
-def test_fused_prefixes(name: str, num_programs: int, quantized: bool, device: str) -> None:
-    """Few and many fresh tokens in one batch, fresh and resumed, whole and split prefixes."""
-    sequences = Sequences(name, 64, [330, 70, 150], device)
-    check(sequences, [0, 1], [256, 5], quantized, 100, limits(num_programs))
-    check(sequences, [0, 1, 2], [60, 65, 64], quantized, 100, limits(num_programs))
-    check(sequences, [2, 0], [86, 14], quantized, 100, limits(num_programs))
-
-
-@pytest.mark.parametrize(
-    ("name", "head_dim"),
-    [*((name, 64) for name in format_names()), ("hack2", 128), ("hack8", 128), ("kvq4", 128)],
-)
-def test_fused_formats(name: str, head_dim: int, device: str) -> None:
-    sequences = Sequences(name, head_dim, [140], device)
-    if fused_obstacle(page_spec(sequences.layout)):
-        pytest.skip(f"{name} takes the scratch buffer")
-    check(sequences, [0], [128], False, 8)
-    check(sequences, [0], [12], False, 8, limits(2))
 
 
 @pytest.mark.parametrize(
