@@ -52,6 +52,7 @@ def make_model(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     config_class, special = FAMILIES[family]
     common = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "dtype": dtype}
+    common["eos_token_id"] = tokenizer.eos_token_id  # grammars need one
     config = config_class(**{**SIZES, **common, **special, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -16,12 +16,12 @@ NEW_TOKENS = 12
 
 
 def make_prompts(text_ids: list[int]) -> list[list[int]]:
-    """20 prompts: four families with a shared prefix of 200 to 640 tokens, odd lengths."""
+    """12 prompts: four families with a shared prefix of 200 to 640 tokens, odd lengths."""
     prompts = []
     for family, shared in enumerate((200, 320, 511, 640)):
         start = family * 900
         prefix = text_ids[start : start + shared]
-        for tail in (1, 17, 64, 65, 130):
+        for tail in (1, 64, 130):
             at = start + shared + 131 * (tail % 7)
             prompts.append(prefix + text_ids[at : at + tail])
     return prompts
