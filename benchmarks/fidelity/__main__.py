@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> Namespace:
         prog="python -m benchmarks.fidelity", description=__doc__.split(":")[0]
     )
     names = [*format_names(), f"kvq2{CALIBRATED}", f"kvq4{CALIBRATED}"]
-    names += [f"kvq2{CALIBRATED}{WINDOW}", f"kvq2{WINDOW}"]
+    names += [f"kvq2{CALIBRATED}{WINDOW}", f"kvq4{CALIBRATED}{WINDOW}", f"kvq2{WINDOW}"]
     parser.add_argument("--model", type=Path, default=Path(".model/smollm2-135m"))
     parser.add_argument("--formats", nargs="+", choices=names, metavar="FORMAT", default=names)
     parser.add_argument("--contexts", default="2048", help="tokens, separated by commas")
@@ -68,13 +68,13 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def calibrated_file(model: Path, out: Path) -> str:
+def calibrated_file(model: Path, args: Namespace) -> str:
     """Calibrate a model with the command's defaults, once."""
-    path = out / f"{model.name}.safetensors"
+    path = args.out / f"{model.name}.safetensors"
     if not path.exists():
         parser = argparse.ArgumentParser()
         calibrate.add_arguments(parser)
-        calibrate.run(parser.parse_args([str(model), "--out", str(path)]))
+        calibrate.run(parser.parse_args([str(model), "--out", str(path), "--device", args.device]))
     return str(path)
 
 
@@ -86,7 +86,7 @@ def make_history(name: str, args: Namespace, model: Path, teacher: Teacher) -> F
         base,
         teacher.model.config,
         args.sink_tokens,
-        calibrated_file(model, args.out) if base != plain else None,
+        calibrated_file(model, args) if base != plain else None,
         window_pages=int(plain != name),
         device=args.device,
     )
@@ -187,7 +187,8 @@ def layer_errors(args: Namespace, model: Path) -> list[dict[str, Any]]:
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:
     """What a new measurement of the same replaces."""
-    return tuple(row[name] for name in ("model", "format", "context", "corpus", "outliers"))
+    names = ("model", "format", "context", "corpus", "outliers", "needle_total")
+    return tuple(row[name] for name in names)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,14 @@ import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.reference import contain_non_finite, encode_pages
-from sgl_kvq.kernels.basis import LayerBasis, change_basis, default_basis, load_bases
+from sgl_kvq.kernels.basis import (
+    LayerBasis,
+    change_basis,
+    default_basis,
+    load_bases,
+    stored_format,
+)
 from sgl_kvq.kernels.pages import decode_keys, decode_values
 
 
@@ -40,7 +45,7 @@ class FormatHistory:
         head_dim = int(model_config.head_dim)  # type: ignore[attr-defined]
         num_kv_heads = int(model_config.num_key_value_heads)  # type: ignore[attr-defined]
         num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
-        self.layout = PageLayout(get_format(name), head_dim, num_kv_heads)
+        self.layout = PageLayout(stored_format(name, config_file), head_dim, num_kv_heads)
         self.sink_tokens = sink_tokens
         self.window_pages = window_pages
         self.errors: dict[int, torch.Tensor] | None = None

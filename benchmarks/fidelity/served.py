@@ -53,7 +53,7 @@ def server_options(name: str, args: Namespace) -> list[str]:
     options += ["--kv-quant-sink-tokens", str(args.sink_tokens), "--dtype", args.dtype]
     options += ["--kv-quant-memory-gb", args.memory_gb]
     if base != name:
-        options += ["--kv-quant-config", calibrated_file(args.model, args.out)]
+        options += ["--kv-quant-config", calibrated_file(args.model, args)]
     return options
 
 

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -14,16 +13,18 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sgl_kvq.commands.basis_fit import Moments, fit_basis
+from sgl_kvq.commands.budget import choose_bits
+from sgl_kvq.commands.calibration_text import default_text
+from sgl_kvq.commands.stored_attention import stored_attention
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.base import FINE_BITS
 from sgl_kvq.kernels.basis import save_bases
 
 ATTENTION_NAME = "kvq_calibrate"
-NUM_TOPICS = 25
-"""Documentation topics of the default text; the fidelity benchmark measures on the others."""
+LOGIT_ROWS = 256  # rows of the [T, vocabulary] logits in memory at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=Path,
         nargs="+",
-        help="text files like what will be served (default: documentation that comes with Python)",
+        help="text files like what will be served (default: documentation, as prose and as "
+        "dialogue, and source code that come with Python)",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a text, default: 2048")
-    parser.add_argument("--segments", type=int, default=8, help="texts to run, default: 8")
+    parser.add_argument("--segments", type=int, default=24, help="texts to run, default: 24")
+    parser.add_argument(
+        "--budget-bits",
+        type=float,
+        metavar="B",
+        help="choose the bits of K and V that lose least within B bits per element, metadata "
+        "included, instead of those of kvq2 or kvq4",
+    )
+    parser.add_argument("--device", default="cpu", help="where the model runs, default: cpu")
     parser.add_argument(
         "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="in what the model runs, default: that of its files; float32 is several times faster "
-        "on CPUs without bfloat16 instructions",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="in what the model runs, default: float32, which is also several times faster on CPUs "
+        "without bfloat16 instructions; bfloat16 takes half the memory",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("kvq.safetensors"), help="default: kvq.safetensors"
@@ -56,34 +66,70 @@ def run(args: argparse.Namespace) -> int:
             f"--context, --segments: expected a multiple of {PAGE_SIZE} from {2 * PAGE_SIZE} on "
             f"and at least 1, got {args.context} and {args.segments}"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=args.dtype, attn_implementation=ATTENTION_NAME
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from error
-    texts = _texts(args, tokenizer)
-    collected = _Collected(args.out.with_suffix(".partial"), _key(args, texts))
-    for number in track(range(len(texts)), "calibrating"):
-        if number >= collected.done:
-            with torch.inference_mode():
-                model.base_model(input_ids=texts[number][None], use_cache=False, into=collected)
-            collected.finish_text()
-    layers = sorted(collected.moments)
-    bases = [fit_basis(collected.moments[i], collected.out_grams[i]) for i in layers]
-    about = {"model": Path(args.model).name, "tokens": str(len(texts) * args.context)}
-    save_bases(args.out, bases, about)
+    collected = collect(args)
+    moments = [collected.moments[layer].cpu() for layer in sorted(collected.moments)]
+    bases = [fit_basis(of_layer) for of_layer in moments]
+    num_tokens = collected.done * args.context
+    about = {"model": Path(args.model).name, "tokens": str(num_tokens)}
+    chosen = None
+    if args.budget_bits is not None:
+        choice = choose_bits(args.budget_bits, moments, bases, num_tokens)
+        chosen = choice.bits
+        sys.stdout.write(
+            f"K {chosen.k} bits, {chosen.boosted_16ths} of 16 channels {FINE_BITS} more, V "
+            f"{chosen.v} bits: {choice.bits_per_element} bits per element\n"
+        )
+    save_bases(args.out, bases, about, chosen)
     collected.path.unlink()
     sys.stdout.write(f"serve with --kv-quant kvq2 --kv-quant-config {args.out}\n")
     return 0
 
 
+def collect(args: argparse.Namespace) -> Collected:
+    """Collect moments over the texts.
+
+    Args:
+        args: Of the command.
+
+    Raises:
+        ConfigError: no such model, or too little text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=args.dtype, attn_implementation=ATTENTION_NAME
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from error
+    model = model.eval().requires_grad_(False).to(args.device)
+    texts = _texts(args, tokenizer)
+    collected = Collected(args.out.with_suffix(".partial"), _key(args, texts), args.device)
+    for number in track(range(len(texts)), "calibrating"):
+        if number >= collected.done:
+            _run_text(model, texts[number].to(args.device), number, collected)
+            collected.finish_text()
+    return collected
+
+
+def _run_text(model: Any, ids: torch.Tensor, number: int, into: Collected) -> None:
+    """Run one text forward, draw an answer for each token, and bring its gradient back."""
+    embedded = model.get_input_embeddings()(ids[None]).requires_grad_()
+    hidden = model.base_model(inputs_embeds=embedded, use_cache=False, into=into).last_hidden_state
+    states = hidden.detach().requires_grad_()
+    generator = torch.Generator(ids.device).manual_seed(number)
+    for rows in states[0].split(LOGIT_ROWS):
+        logprobs = model.get_output_embeddings()(rows).float().log_softmax(-1)
+        drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
+        logprobs.gather(1, drawn).sum().backward()
+    hidden.backward(states.grad)
+
+
 def _texts(args: argparse.Namespace, tokenizer: Any) -> list[torch.Tensor]:
     """Cut the text into pieces of `--context` tokens, spread over all of it."""
-    text = "".join(list(topics.values())[:NUM_TOPICS])
     if args.text:
         text = "\n\n".join(path.read_text() for path in args.text)
+    else:
+        text = default_text(tokenizer)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     available = len(ids) // args.context
     if not available:
@@ -102,64 +148,51 @@ def _key(args: argparse.Namespace, texts: list[torch.Tensor]) -> str:
     return hashlib.sha256(f"{args.model} {args.dtype}".encode() + ids).hexdigest()
 
 
-class _Collected:
+class Collected:
     """Moments by layer, kept on disk after each text.
 
     Args:
         path: The partial result.
         key: What it must belong to, to be used.
+        device: Where the model runs and moments are summed.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key, self.done = path, key, 0
+    def __init__(self, path: Path, key: str, device: str) -> None:
+        self.path, self.key, self.device, self.done = path, key, device, 0
         self.moments: dict[int, Moments] = {}
-        self.out_grams: dict[int, torch.Tensor] = {}
         if path.exists():
             self._resume()
 
     def _resume(self) -> None:
-        with safe_open(self.path, framework="pt") as file:
+        with safe_open(self.path, framework="pt", device=self.device) as file:
             header = file.metadata()
             if header["key"] != self.key:
                 return
             self.done = int(header["done"])
-            names = ("q", "k", "v", "out")
             for i in range(int(header["layers"])):
-                q, k, v, out = (file.get_tensor(f"{i}.{name}") for name in names)
-                self.moments[i], self.out_grams[i] = Moments(q, k, v), out
+                names = Moments.__annotations__
+                self.moments[i] = Moments(*(file.get_tensor(f"{i}.{name}") for name in names))
 
     def finish_text(self) -> None:
         """Count a text and write everything."""
         self.done += 1
-        tensors = {f"{i}.out": gram for i, gram in self.out_grams.items()}
-        for i, moments in self.moments.items():
-            tensors |= {f"{i}.{name}": getattr(moments, name) for name in ("q", "k", "v")}
+        tensors = {
+            f"{i}.{name}": tensor
+            for i, moments in self.moments.items()
+            for name, tensor in vars(moments).items()
+        }
         header = {"key": self.key, "done": str(self.done), "layers": str(len(self.moments))}
         whole = self.path.with_suffix(".writing")
         save_file(tensors, whole, metadata=header)
         whole.replace(self.path)
 
-    def add(
-        self, module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        """Add a layer's q, k and v of one text, each [heads, tokens, head_dim]."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+    def of_layer(self, layer: int, k: torch.Tensor) -> Moments:
+        """Moments of a layer whose keys are k [heads, tokens, head_dim]."""
         if layer not in self.moments:
-            shape = (len(k), k.shape[2], k.shape[2])
-            zeros = [torch.zeros(shape, dtype=torch.float64) for _ in range(3)]
-            self.moments[layer] = Moments(*zeros)
-            self.out_grams[layer] = _out_gram(module, len(q), len(k), k.shape[2])
-        self.moments[layer].add(q, k, v)
-
-
-def _out_gram(
-    module: torch.nn.Module, num_qo_heads: int, num_kv_heads: int, head_dim: int
-) -> torch.Tensor:
-    """float64 [num_kv_heads, head_dim, head_dim], Gram matrix of the output projection's rows."""
-    projection: Any = module.o_proj
-    weight = projection.weight.double().T
-    rows = weight.reshape(num_kv_heads, num_qo_heads // num_kv_heads, head_dim, -1)
-    return (rows @ rows.transpose(2, 3)).sum(1).detach()
+            shape = (4, len(k), k.shape[2], k.shape[2])
+            zeros = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.moments[layer] = Moments(*zeros.unbind())
+        return self.moments[layer]
 
 
 def _attention(
@@ -169,13 +202,16 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    into: _Collected,
+    into: Collected,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers that also collects."""
-    into.add(module, query[0], key[0], value[0])
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out, None
+    """Attention function of transformers that also collects, now and when gradients arrive."""
+    moments = into.of_layer(int(module.layer_idx), key[0])  # type: ignore[arg-type]
+    moments.add_rows(key[0].detach(), value[0].detach())
+    sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = stored_attention(query[0], key[0], value[0], sm_scale, moments.add_gradients)
+    return out.transpose(0, 1)[None].contiguous(), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

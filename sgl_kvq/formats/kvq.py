@@ -5,11 +5,19 @@ from __future__ import annotations
 from sgl_kvq.formats.base import Coding, QuantFormat
 
 
-def _kvq(num_bits: int, boosted_16ths: int) -> QuantFormat:
+def kvq_format(name: str, k_bits: int, boosted_16ths: int, v_bits: int) -> QuantFormat:
+    """A member of the family.
+
+    Args:
+        name: The value of `--kv-quant`.
+        k_bits: Of a key channel, 2 or 4.
+        boosted_16ths: Sixteenths of the key channels with further bits.
+        v_bits: Of a value channel, 2 or 4.
+    """
     return QuantFormat(
-        name=f"kvq{num_bits}",
-        k=Coding(num_bits, axis="channel", fitted=True, boosted_16ths=boosted_16ths),
-        v=Coding(num_bits, axis="token", whole_head=True, fitted=True),
+        name=name,
+        k=Coding(k_bits, axis="channel", fitted=True, boosted_16ths=boosted_16ths),
+        v=Coding(v_bits, axis="token", whole_head=True, fitted=True),
         arithmetic="dequantize",
         source="axes of KIVI (arXiv 2402.02750); calibrated bases as in OSCAR (arXiv 2605.17757), "
         "but with K's channels in order of what an error in them costs, so that a fixed share of "
@@ -18,4 +26,4 @@ def _kvq(num_bits: int, boosted_16ths: int) -> QuantFormat:
     )
 
 
-FORMATS = (_kvq(2, boosted_16ths=6), _kvq(4, boosted_16ths=1))
+FORMATS = (kvq_format("kvq2", 2, 6, 2), kvq_format("kvq4", 4, 1, 4))

@@ -10,17 +10,33 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import hadamard_order
+from sgl_kvq.formats.base import QuantFormat, hadamard_order
+from sgl_kvq.formats.kvq import kvq_format
+from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.hadamard import rotate
 
 FILE_VERSION = 1
+
+
+class KvqBits(NamedTuple):
+    """Codings of a member of the kvq family, see `sgl_kvq.formats.kvq.kvq_format`."""
+
+    k: int
+    boosted_16ths: int
+    v: int
+
+
+KVQ_CHOICES = tuple(KvqBits(*bits) for bits in product((2, 4), range(17), (2, 4)))
+"""Members of the family that a file may ask for."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +102,20 @@ def default_basis(head_dim: int, num_kv_heads: int) -> LayerBasis:
     return LayerBasis(k.repeat(num_kv_heads, 1, 1), v.repeat(num_kv_heads, 1, 1))
 
 
-def save_bases(path: Path, bases: list[LayerBasis], about: dict[str, str]) -> None:
+def save_bases(
+    path: Path, bases: list[LayerBasis], about: dict[str, str], bits: KvqBits | None = None
+) -> None:
     """Write calibrated bases as a safetensors file.
 
     Args:
         path: The file.
         bases: One a layer.
         about: What made it; kept in the file's header.
+        bits: Codings to use instead of those that `--kv-quant` names.
     """
     tensors = {name: torch.stack([getattr(basis, name) for basis in bases]) for name in ("k", "v")}
-    header = {"sgl_kvq": json.dumps({"version": FILE_VERSION, **about})}
-    save_file(tensors, path, metadata=header)
+    header = {"version": FILE_VERSION, **about} | ({"bits": bits._asdict()} if bits else {})
+    save_file(tensors, path, metadata={"sgl_kvq": json.dumps(header)})
 
 
 def load_bases(path: str, num_layers: int, num_kv_heads: int, head_dim: int) -> list[LayerBasis]:
@@ -111,19 +130,55 @@ def load_bases(path: str, num_layers: int, num_kv_heads: int, head_dim: int) -> 
     Raises:
         ConfigError: not such a file, or of another model.
     """
+    _, tensors = _read_file(path, ("k", "v"))
+    shape = [num_layers, num_kv_heads, head_dim, head_dim]
+    found = list(tensors["k"].shape)
+    if not found == list(tensors["v"].shape) == shape:
+        raise ConfigError(
+            f"--kv-quant-config: expected {num_layers} layers of {num_kv_heads} KV heads of "
+            f"{head_dim} channels, {path} has {found}; calibrate this model"
+        )
+    return [LayerBasis(*pair) for pair in zip(*(x.float() for x in tensors.values()), strict=True)]
+
+
+def stored_format(name: str, config_file: str | None) -> QuantFormat:
+    """Format of the pages: that of `--kv-quant`, with the bits that a calibrated file asks for.
+
+    Args:
+        name: `--kv-quant`.
+        config_file: `--kv-quant-config`.
+
+    Raises:
+        ConfigError: no such format, not such a file, or it asks for bits that do not exist.
+    """
+    if config_file is None:
+        return get_format(name)
+    about, _ = _read_file(config_file, ())
+    if "bits" not in about:
+        return get_format(name)
+    bits = about["bits"]
+    legal = isinstance(bits, dict) and bits.keys() == set(KvqBits._fields)
+    if not legal or KvqBits(**bits) not in KVQ_CHOICES:
+        raise ConfigError(
+            f"--kv-quant-config: expected bits k 2 or 4, boosted_16ths 0 to 16, v 2 or 4, "
+            f"{config_file} has {bits}; calibrate this model"
+        )
+    return kvq_format(name, *KvqBits(**bits))
+
+
+def _read_file(path: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and some tensors of a file of `save_bases`."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("sgl_kvq", "{}"))
-            k, v = (file.get_tensor(name) for name in ("k", "v"))
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
             f"--kv-quant-config: expected a file of `python -m sgl_kvq calibrate`, {path}: {error}"
         ) from error
-    shape = (num_layers, num_kv_heads, head_dim, head_dim)
-    if about.get("version") != FILE_VERSION or not (tuple(k.shape) == tuple(v.shape) == shape):
+    if about.get("version") != FILE_VERSION:
         raise ConfigError(
-            f"--kv-quant-config: expected version {FILE_VERSION} for {num_layers} layers of "
-            f"{num_kv_heads} KV heads of {head_dim} channels, {path} has version "
-            f"{about.get('version')} and {list(k.shape)}; calibrate this model"
+            f"--kv-quant-config: expected version {FILE_VERSION}, {path} has "
+            f"{about.get('version')}; calibrate this model"
         )
-    return [LayerBasis(*pair) for pair in zip(k.float(), v.float(), strict=True)]
+    return about, tensors

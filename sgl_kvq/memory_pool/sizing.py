@@ -9,8 +9,8 @@ import torch
 
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import get_format
 from sgl_kvq.host import MemoryPoolConfig, get_disagg, get_exec, get_parallel, get_schedule
+from sgl_kvq.kernels.basis import stored_format
 from sgl_kvq.memory_pool.allocator import KvqCpuPagedAllocator, KvqPagedAllocator
 from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
@@ -30,7 +30,7 @@ def make_layout(
         model_dtype: Type of the model's activations; 32-bit models keep bfloat16 rows.
     """
     return PageLayout(
-        format=get_format(config.format),
+        format=stored_format(config.format, config.config_file),
         head_dim=model_config.head_dim,
         num_kv_heads=model_config.get_num_kv_heads(tp_size),
         row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,

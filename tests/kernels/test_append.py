@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import random_rows
+from helpers import named_format, random_rows
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import SHRUNK, Coding
@@ -131,11 +131,11 @@ def test_a_fitted_range_is_the_best_of_those_tried() -> None:
     assert (codes[:, :4] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "num_boosted"), [("kvq2", 24), ("kvq4", 4)])
+@pytest.mark.parametrize(("name", "num_boosted"), [("kvq2", 24), ("kvq4", 4), ("4:2:2", 8)])
 def test_boosted_channels_have_two_bits_more(name: str, num_boosted: int) -> None:
     """Their values lie within an eighth of the stored step; the other channels' do not."""
     generator = torch.Generator().manual_seed(5)
-    layout = PageLayout(get_format(name), 64, 2)
+    layout = PageLayout(named_format(name), 64, 2)
     k = torch.rand((3, PAGE_SIZE, 2, 64), generator=generator).to(torch.bfloat16)
     rows = encode_pages(k, k, torch.zeros(3, dtype=torch.int32), layout)
     error = (decode_keys(rows, layout) - k.float().transpose(1, 2)).abs()

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sgl_kvq.commands.basis_fit import Moments, fit_basis
+from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.basis import (
+    KvqBits,
     LayerBasis,
     change_basis,
     default_basis,
     load_bases,
     save_bases,
+    stored_format,
 )
 
 TOKENS, HEADS, GQA, D = 256, 2, 3, 64
@@ -21,15 +28,19 @@ TOKENS, HEADS, GQA, D = 256, 2, 3, 64
 
 def rows(seed: int, heads: int = HEADS) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(heads, D, D, generator=generator, dtype=torch.float64)
-    return torch.randn(heads, TOKENS, D, generator=generator, dtype=torch.float64) @ mix
+    mix = torch.randn(heads, 2 * D, D, generator=generator, dtype=torch.float64)
+    return torch.randn(heads, TOKENS, 2 * D, generator=generator, dtype=torch.float64) @ mix
+
+
+def gathered() -> Moments:
+    moments = Moments(*torch.zeros(4, HEADS, D, D, dtype=torch.float64).unbind())
+    moments.add_rows(rows(1), rows(2))
+    moments.add_gradients(rows(0), rows(3))
+    return moments
 
 
 def fitted() -> LayerBasis:
-    q, k, v = rows(0, HEADS * GQA), rows(1), rows(2)
-    moments = Moments(*(torch.zeros(HEADS, D, D, dtype=torch.float64) for _ in range(3)))
-    moments.add(q, k, v)
-    return fit_basis(moments, torch.eye(D, dtype=torch.float64).repeat(HEADS, 1, 1))
+    return fit_basis(gathered())
 
 
 @pytest.mark.parametrize("basis", [default_basis(D, HEADS), fitted()], ids=["default", "fitted"])
@@ -47,16 +58,40 @@ def test_scores_and_outputs_stay(basis: LayerBasis) -> None:
     assert (out - v).abs().max() < 1e-4 * v.abs().max()
 
 
-def test_fitted_channels_are_sorted_by_what_an_error_costs() -> None:
-    """Errors count alike in every channel, and the leading ones vary most."""
-    basis, q, k = fitted(), rows(0, HEADS * GQA), rows(1)
-    queries = change_basis(q.transpose(0, 1), basis.q).transpose(0, 1)
-    moment = queries.reshape(HEADS, -1, D).square().mean(1)
-    assert moment.amax() < 1.05 * moment.amin()
-    varying = k[:, 64:].unflatten(1, (-1, 64))
-    varying = (varying - varying.mean(2, keepdim=True)).flatten(1, 2)
-    spread = change_basis(varying.transpose(0, 1), basis.k).square().mean(0)
+def moment(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Mean squares of channels after a change of basis, of tokens behind the first page."""
+    return change_basis(x[:, PAGE_SIZE:].transpose(0, 1), matrices).double().square().mean(0)
+
+
+def test_fitted_key_channels_are_sorted_by_what_an_error_costs() -> None:
+    """Errors cost alike in every channel, and the leading ones vary most."""
+    basis = fitted()
+    cost = moment(rows(0), basis.q)  # gradients change like queries
+    assert (cost.amax(1) < 1.05 * cost.amin(1)).all()
+    pages = rows(1).unflatten(1, (-1, PAGE_SIZE))
+    varying = (pages - pages.mean(2, keepdim=True)).flatten(1, 2)
+    spread = moment(varying, basis.k)
     assert (spread.diff(dim=1) <= 1e-6 * spread.amax()).all()
+    kept = moment(varying, torch.eye(D).repeat(HEADS, 1, 1))
+    torch.testing.assert_close(spread.sum(1), kept.sum(1), rtol=1e-4, atol=0)
+
+
+def test_fitted_value_channels_vary_alike_and_cost_less_than_in_any_scaling() -> None:
+    """With one step for all channels an error costs (sum of variances) * (sum of costs)."""
+    basis = fitted()
+    spread = moment(rows(2), basis.v)
+    assert (spread.amax(1) < 1.05 * spread.amin(1)).all()
+
+    def loss(k: torch.Tensor) -> torch.Tensor:
+        back = torch.linalg.inv(k.double()).transpose(1, 2)
+        return moment(rows(2), k).sum(1) * moment(rows(3), back).sum(1)
+
+    least = loss(basis.v)
+    whitened = fit_basis(
+        replace(gathered(), v=torch.eye(D, dtype=torch.float64).repeat(HEADS, 1, 1))
+    )
+    assert (least < loss(torch.eye(D).repeat(HEADS, 1, 1))).all()
+    assert (least < loss(whitened.v)).all()
 
 
 def test_the_default_puts_slow_channels_first() -> None:
@@ -72,10 +107,47 @@ def test_files(tmp_path: Path) -> None:
     for saved, read in zip(bases, loaded, strict=True):
         assert torch.equal(saved.k, read.k)
         assert torch.equal(saved.v, read.v)
-    with pytest.raises(ConfigError, match=r"for 3 layers .* calibrate this model"):
+    with pytest.raises(ConfigError, match=r"expected 3 layers .* calibrate this model"):
         load_bases(str(path), 3, HEADS, D)
     with pytest.raises(ConfigError, match="expected a file of `python -m sgl_kvq calibrate`"):
         load_bases(str(tmp_path / "none"), 2, HEADS, D)
-    save_file({"k": bases[0].k}, path)
+    save_file({"k": bases[0].k, "v": bases[0].v}, path)
+    with pytest.raises(ConfigError, match=r"expected version 1, .* calibrate this model"):
+        load_bases(str(path), 2, HEADS, D)
+    save_file({"k": bases[0].k}, path, metadata={"sgl_kvq": '{"version": 1}'})
     with pytest.raises(ConfigError, match="expected a file of `python -m sgl_kvq calibrate`"):
         load_bases(str(path), 2, HEADS, D)
+
+
+def test_a_file_may_ask_for_other_bits(tmp_path: Path) -> None:
+    path = tmp_path / "kvq.safetensors"
+    bases = [default_basis(D, HEADS)]
+    save_bases(path, bases, {"model": "m"})
+    assert stored_format("kvq2", str(path)) == get_format("kvq2") == stored_format("kvq2", None)
+    save_bases(path, bases, {"model": "m"}, KvqBits(4, 2, 2))
+    found = stored_format("kvq2", str(path))
+    assert (found.k.num_bits, found.k.boosted_16ths, found.v.num_bits) == (4, 2, 2)
+    assert load_bases(str(path), 1, HEADS, D)[0].k.shape == (HEADS, D, D)
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        {"k": 3, "boosted_16ths": 2, "v": 2},
+        {"k": 2, "boosted_16ths": 17, "v": 2},
+        {"k": 2, "boosted_16ths": 1.5, "v": 2},
+        {"k": 2, "boosted_16ths": 0, "v": 8},
+        {"k": 2, "v": 2},
+        [2, 0, 2],
+    ],
+    ids=str,
+)
+def test_a_file_that_asks_for_other_codings_is_refused(tmp_path: Path, bits: object) -> None:
+    path = tmp_path / "kvq.safetensors"
+    save_bases(path, [default_basis(D, HEADS)], {"model": "m"})
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("k", "v")}
+    header = {"sgl_kvq": json.dumps({"version": 1, "bits": bits})}
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ConfigError, match=r"--kv-quant-config: expected bits .* calibrate"):
+        stored_format("kvq2", str(path))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import RandomCache, attention_fp64, random_cache, relative_error
+from helpers import CHOSEN_BITS, RandomCache, attention_fp64, random_cache, relative_error
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import partition_size
@@ -30,7 +30,7 @@ def reference_outputs(data: RandomCache, q: torch.Tensor) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("sink_tokens", [0, 4])
 @pytest.mark.parametrize("gqa_group", [1, 4])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", [*format_names(), *CHOSEN_BITS])
 def test_against_fp64_on_dequantized_pages(
     name: str, head_dim: int, gqa_group: int, sink_tokens: int
 ) -> None:

@@ -1,9 +1,8 @@
-"""kvq2 and kvq4 as served equal the offline reference, with and without a calibrated basis."""
+"""kvq2 and kvq4 as served equal the offline reference, with and without a calibrated file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,30 +12,47 @@ from test_oracle import serve, short_model_path  # noqa: F401
 from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.__main__ import main
+from sgl_kvq.formats.registry import get_format
+from sgl_kvq.kernels.basis import stored_format
 
 PROMPT, DECODED = 700, 70
 
 
 @pytest.fixture(scope="module")
-def config_file(short_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
-    path = tmp_path_factory.mktemp("calibrated") / "kvq.safetensors"
-    arguments = ["--context", "512", "--segments", "2", "--out", str(path)]
-    assert main(["calibrate", short_model_path, *arguments]) == 0
-    assert not list(Path(path).parent.glob("*.partial"))
-    return str(path)
+def config_files(
+    short_model_path: str,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str | None]:
+    """By what a file says: nothing without a file, the bases, or the bases and other bits."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    paths: dict[str, str | None] = {"default": None}
+    for name, budget in (("calibrated", []), ("chosen", ["--budget-bits", "3.6"])):
+        paths[name] = str(folder / f"{name}.safetensors")
+        arguments = ["--context", "512", "--segments", "2", "--out", paths[name]]
+        assert main(["calibrate", short_model_path, *arguments, *budget]) == 0
+    assert not list(folder.glob("*.partial"))
+    assert stored_format("kvq2", paths["chosen"]) != get_format("kvq2")
+    return paths
 
 
-@pytest.mark.parametrize("calibrated", [False, True], ids=["default", "calibrated"])
-@pytest.mark.parametrize("name", ["kvq2", "kvq4"])
+@pytest.mark.parametrize(
+    ("name", "file", "other"),
+    [
+        ("kvq2", "default", "calibrated"),
+        ("kvq4", "calibrated", "default"),
+        ("kvq2", "calibrated", "default"),
+        ("kvq2", "chosen", "calibrated"),
+    ],
+)
 def test_served_equals_offline(
     name: str,
-    calibrated: bool,
+    file: str,
+    other: str,
     short_model_path: str,  # noqa: F811
-    config_file: str,
+    config_files: dict[str, str | None],
     text_ids: list[int],
     start_scheduler: Callable[..., Any],
 ) -> None:
-    chosen = config_file if calibrated else None
     result, sequence = serve(
         start_scheduler,
         short_model_path,
@@ -44,14 +60,14 @@ def test_served_equals_offline(
         text_ids[:PROMPT],
         DECODED,
         kv_quant_prefill="quantized",
-        kv_quant_config=chosen,
+        kv_quant_config=config_files[file],
     )
     found = torch.tensor([*result.input_logprobs, *result.output_logprobs])
-    expected = offline(short_model_path, sequence, name, chosen)
+    expected = offline(short_model_path, sequence, name, config_files[file])
     assert (found - expected).abs().mean() < 3e-3
-    # The other basis is another function: the comparison can fail.
-    other = offline(short_model_path, sequence, name, None if calibrated else config_file)
-    assert (found - other).abs().mean() > 2 * (found - expected).abs().mean()
+    # The other file makes another function: the comparison can fail.
+    different = offline(short_model_path, sequence, name, config_files[other])
+    assert (found - different).abs().mean() > 2 * (found - expected).abs().mean()
 
 
 def offline(

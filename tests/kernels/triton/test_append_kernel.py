@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import random_rows
+from helpers import CHOSEN_BITS, named_format, random_rows
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
@@ -71,7 +71,7 @@ def expected_pages(
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [
-        *((name, 64) for name in format_names()),
+        *((name, 64) for name in (*format_names(), *CHOSEN_BITS)),
         ("kvq2", 128),
         ("hack2", 128),
         ("hack4", 256),
@@ -79,7 +79,7 @@ def expected_pages(
     + [(name, head_dim) for name in ("hack2", "saw4", "hack2-v1") for head_dim in (80, 96)],
 )
 def test_bytes_equal_the_reference(name: str, head_dim: int, device: str) -> None:
-    layout = PageLayout(get_format(name), head_dim, HEADS)
+    layout = PageLayout(named_format(name), head_dim, HEADS)
     generator = torch.Generator().manual_seed(head_dim)
     k, v = (random_rows((123, HEADS, head_dim), generator).to(device) for _ in range(2))
     k[:, 0, :3] = torch.arange(123, device=device)[:, None].bfloat16() % 7 / 2  # ties

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from helpers import RandomCache, attention_fp64, random_cache
+from helpers import CHOSEN_BITS, RandomCache, attention_fp64, random_cache
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
@@ -82,8 +83,13 @@ def test_against_fp64_on_dequantized_pages(name: str, device: str) -> None:
     check(data, q, *run(data, q))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
-@pytest.mark.parametrize("name", ["hack2", "k4v2", "hack2-v1", "saw4", "kvq2", "kvq4"])
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        *product(("hack2", "k4v2", "hack2-v1", "saw4", "kvq2", "kvq4"), (64, 80, 96, 256)),
+        *product(CHOSEN_BITS, (64, 128)),
+    ],
+)
 def test_head_dims(name: str, head_dim: int, device: str) -> None:
     data, q = make(name, head_dim, 1, 3, [65, 130], 4, device)
     check(data, q, *run(data, q))

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_rows, relative_error
+from helpers import named_format, random_rows, relative_error
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.batch import upload_extend
@@ -76,7 +76,7 @@ class Sequences:
     def __init__(self, name: str, head_dim: int, totals: list[int], device: str) -> None:
         self.generator = torch.Generator().manual_seed(head_dim + len(name))
         self.device = device
-        self.layout = PageLayout(get_format(name), head_dim, HEADS)
+        self.layout = PageLayout(named_format(name), head_dim, HEADS)
         shape = (HEADS, head_dim)
         self.kv = [
             [random_rows((n, *shape), self.generator).to(device) for _ in range(2)] for n in totals
@@ -224,7 +224,7 @@ def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) 
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [
-        *((name, 64) for name in format_names()),
+        *((name, 64) for name in (*format_names(), "4:2:2", "2:16:2")),
         ("hack2", 128),
         ("k4v2", 256),
     ]
