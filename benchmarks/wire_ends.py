@@ -67,12 +67,12 @@ class EndSpec:
 
 def _make_side(spec: EndSpec) -> tuple[QuantizedKVPool, PoolAccess, Any]:
     layout = PageLayout(get_format(spec.format), HEAD_DIM, NUM_HEADS)
-    plan = PoolPlan(layout, NUM_LAYERS, 4, spec.num_pages, 1)
+    plan = PoolPlan((layout,) * NUM_LAYERS, 4, spec.num_pages, 1)
     pool = QuantizedKVPool(plan, device="cpu")
     for layer in pool.layers:
         layer.pages.random_(0, 256)
     config = KVQuantConfig(spec.format)
-    marks = make_fingerprint(config, layout, NUM_LAYERS, NUM_HEADS, "benchmark")
+    marks = make_fingerprint(config, pool.plan.layouts, NUM_HEADS, "benchmark")
     return pool, open_pool(pool, HeadRange(0, NUM_HEADS)), marks
 
 
@@ -95,7 +95,7 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     pipe.send(f"tcp://{spec.host}:{thread.port}")
     while (order := pipe.recv()) is not None:
         room, block_bytes = order
-        blocks = list(cut_pages(0, pages, NUM_LAYERS, page_bytes, block_bytes))
+        blocks = list(cut_pages(0, pages, [page_bytes] * NUM_LAYERS, block_bytes))
         last = Block(BlockKind.METADATA, data=bytes(2048))
         asked.clear()
         done.clear()

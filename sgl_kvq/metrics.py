@@ -78,7 +78,7 @@ class PoolMetrics:
 
     def _set_constants(self) -> None:
         plan = self._pool.plan
-        self._gauges["bytes_per_token"].set(plan.layout.bytes_per_token * plan.num_layers)
+        self._gauges["bytes_per_token"].set(plan.bytes_per_token)
         self._gauges["pool_bytes"].set(plan.total_bytes)
         self._gauges["open_slots"].set(plan.open_slots)
         self._gauges["sink_slots"].set(plan.sink_slots)

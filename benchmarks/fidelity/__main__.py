@@ -26,6 +26,12 @@ from sgl_kvq.commands import calibrate
 from sgl_kvq.formats.registry import format_names
 
 CALIBRATED = "+calibrated"
+CHOSEN = "+chosen"  # with --budget-bits at the size of the format itself, head_dim 64
+BUDGETS = {
+    CALIBRATED: [],
+    f"kvq2{CHOSEN}": ["--budget-bits", "2.875"],
+    f"kvq4{CHOSEN}": ["--budget-bits", "4.5625"],
+}
 WINDOW = "+window"  # one closed page before the own one still read as 16-bit rows; offline only
 NEEDLES = "needles"
 _INTERVALS = [name + part for name in ("ppl_rel", "kl", "top1") for part in ("", "_low", "_high")]
@@ -38,8 +44,12 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fidelity", description=__doc__.split(":")[0]
     )
-    names = [*format_names(), f"kvq2{CALIBRATED}", f"kvq4{CALIBRATED}"]
-    names += [f"kvq2{CALIBRATED}{WINDOW}", f"kvq4{CALIBRATED}{WINDOW}", f"kvq2{WINDOW}"]
+    ours = [
+        f"{base}{suffix}"
+        for base in ("kvq2", "kvq4")
+        for suffix in (CALIBRATED, CHOSEN, WINDOW, CALIBRATED + WINDOW, CHOSEN + WINDOW)
+    ]
+    names = [*format_names(), *ours]
     parser.add_argument("--model", type=Path, default=Path(".model/smollm2-135m"))
     parser.add_argument("--formats", nargs="+", choices=names, metavar="FORMAT", default=names)
     parser.add_argument("--contexts", default="2048", help="tokens, separated by commas")
@@ -68,25 +78,32 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def calibrated_file(model: Path, args: Namespace) -> str:
-    """Calibrate a model with the command's defaults, once."""
-    path = args.out / f"{model.name}.safetensors"
-    if not path.exists():
+def calibrated_file(model: Path, args: Namespace, name: str) -> str:
+    """File of `calibrate` for a name that ends with `CALIBRATED` or `CHOSEN`, made once."""
+    paths = {
+        suffix: args.out / f"{model.name}-{suffix.lstrip('+')}.safetensors" for suffix in BUDGETS
+    }
+    if not all(path.exists() for path in paths.values()):
         parser = argparse.ArgumentParser()
         calibrate.add_arguments(parser)
-        calibrate.run(parser.parse_args([str(model), "--out", str(path), "--device", args.device]))
-    return str(path)
+        command = [str(model), "--device", args.device, "--out", str(paths[CALIBRATED])]
+        collected = calibrate.collect(parser.parse_args(command))
+        for suffix, budget in BUDGETS.items():
+            options = ["--out", str(paths[suffix]), *budget]
+            calibrate.write(parser.parse_args([str(model), *options]), collected)
+        collected.path.unlink()
+    return str(paths[name if name in paths else CALIBRATED])
 
 
 def make_history(name: str, args: Namespace, model: Path, teacher: Teacher) -> FormatHistory:
-    """Make what a format stores, with what the name's suffixes `CALIBRATED` and `WINDOW` say."""
+    """Make what a format stores, with what the name's suffixes say."""
     plain = name.removesuffix(WINDOW)
-    base = plain.removesuffix(CALIBRATED)
+    base, _, calibrated = plain.partition("+")
     return FormatHistory(
         base,
         teacher.model.config,
         args.sink_tokens,
-        calibrated_file(model, args) if base != plain else None,
+        calibrated_file(model, args, plain) if calibrated else None,
         window_pages=int(plain != name),
         device=args.device,
     )

@@ -11,8 +11,8 @@ from sgl_kvq.kernels.basis import (
     LayerBasis,
     change_basis,
     default_basis,
+    layer_formats,
     load_bases,
-    stored_format,
 )
 from sgl_kvq.kernels.pages import decode_keys, decode_values
 
@@ -45,12 +45,15 @@ class FormatHistory:
         head_dim = int(model_config.head_dim)  # type: ignore[attr-defined]
         num_kv_heads = int(model_config.num_key_value_heads)  # type: ignore[attr-defined]
         num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
-        self.layout = PageLayout(stored_format(name, config_file), head_dim, num_kv_heads)
+        self.layouts = [
+            PageLayout(of_layer, head_dim, num_kv_heads)
+            for of_layer in layer_formats(name, config_file, num_layers)
+        ]
         self.sink_tokens = sink_tokens
         self.window_pages = window_pages
         self.errors: dict[int, torch.Tensor] | None = None
         bases: list[LayerBasis] = []
-        if self.layout.format.own_basis:
+        if self.layouts[0].format.own_basis:
             bases = [default_basis(head_dim, num_kv_heads)] * num_layers
             if config_file is not None:
                 bases = load_bases(config_file, num_layers, num_kv_heads, head_dim)
@@ -60,8 +63,9 @@ class FormatHistory:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits a stored number takes, all metadata of its page included."""
-        return 16 * self.layout.page_bytes / self.layout.row_page_bytes
+        """Bits a stored number takes, mean over layers, all metadata of its page included."""
+        page_bytes = sum(layout.page_bytes for layout in self.layouts)
+        return 16 * page_bytes / sum(layout.row_page_bytes for layout in self.layouts)
 
     def enter(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -93,15 +97,16 @@ class FormatHistory:
         Returns:
             K and V, float32, shaped like k.
         """
-        if self.layout.format.k.is_raw and self.layout.format.v.is_raw:
+        layout = self.layouts[layer]
+        if layout.format.k.is_raw and layout.format.v.is_raw:
             return k.float(), v.float()
         by_page = [x.unflatten(1, (-1, PAGE_SIZE)).permute(1, 2, 0, 3) for x in (k, v)]
         rows = [contain_non_finite(x)[0] for x in by_page]  # [pages, P, H, D]
         num_sinks = torch.zeros(len(rows[0]), dtype=torch.int32, device=k.device)
         num_sinks[0] = self.sink_tokens
-        pages = encode_pages(rows[0], rows[1], num_sinks, self.layout)
+        pages = encode_pages(rows[0], rows[1], num_sinks, layout)
         read = [
-            decode(pages, self.layout).transpose(0, 1).flatten(1, 2)
+            decode(pages, layout).transpose(0, 1).flatten(1, 2)
             for decode in (decode_keys, decode_values)
         ]
         for stored, exact in zip(read, (k, v), strict=True):

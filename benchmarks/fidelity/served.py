@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 from transformers import AutoTokenizer
 
-from benchmarks.fidelity.__main__ import CALIBRATED, DTYPES, calibrated_file, make_history
+from benchmarks.fidelity.__main__ import CHOSEN, DTYPES, calibrated_file, make_history
 from benchmarks.fidelity.corpora import segments
 from benchmarks.fidelity.metrics import estimate
 from benchmarks.fidelity.teacher import Teacher
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity.served")
     parser.add_argument("--model", type=Path, default=Path(".model/smollm2-135m"))
     parser.add_argument(
-        "--formats", nargs="+", metavar="FORMAT", default=["hack2", f"kvq2{CALIBRATED}"]
+        "--formats", nargs="+", metavar="FORMAT", default=["hack2", f"kvq2{CHOSEN}"]
     )
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--segments", type=int, default=2, help="texts of prose")
@@ -48,12 +48,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def server_options(name: str, args: Namespace) -> list[str]:
     """Options of a server of one format."""
-    base = name.removesuffix(CALIBRATED)
+    base, _, calibrated = name.partition("+")
     options = ["--kv-quant", base, "--kv-quant-prefill", "quantized"]
     options += ["--kv-quant-sink-tokens", str(args.sink_tokens), "--dtype", args.dtype]
     options += ["--kv-quant-memory-gb", args.memory_gb]
-    if base != name:
-        options += ["--kv-quant-config", calibrated_file(args.model, args)]
+    if calibrated:
+        options += ["--kv-quant-config", calibrated_file(args.model, args, name)]
     return options
 
 

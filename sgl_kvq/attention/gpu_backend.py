@@ -51,7 +51,11 @@ class GpuAttnBackend(KvqAttnBackend):
             layer.scaling,
             device,
         )
-        self.paged_layers = PagedLayers(self.pool.layers)
+        layers = list(zip(self.pool.layers, self.pool.plan.layouts, strict=True))
+        self.paged_layers = {
+            layout: PagedLayers([cache for cache, other in layers if other == layout])
+            for _, layout in layers
+        }
         self.decode_metadata: PageTable | None = None
         self.num_decoded = 0  # layers of the step that is under way
         self.extend_metadata: ExtendBatch | None = None
@@ -75,11 +79,15 @@ class GpuAttnBackend(KvqAttnBackend):
 
     def _reserve(self, max_batch: int) -> None:
         """Allocate tables and partial results for decode batches of `max_batch`."""
+        self.max_batch = max_batch
         pages_per_request = -(-self.req_to_token.shape[1] // PAGE_SIZE)
         device = self.pool.device
         self.tables = DecodeTables(max_batch, max_batch * pages_per_request, device)
         num_qo_heads = self.layers[0].tp_q_head_num
-        self.workspace = DecodeWorkspace(max_batch, num_qo_heads, self.layout, device)
+        self.workspaces = {
+            layout: DecodeWorkspace(max_batch, num_qo_heads, layout, device)
+            for layout in set(self.pool.plan.layouts)
+        }
 
     def enter_basis(
         self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], basis: RankBasis
@@ -93,7 +101,7 @@ class GpuAttnBackend(KvqAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make room for the largest captured batch; see `AttentionBackend`."""
-        if max_bs > self.workspace.max_batch:
+        if max_bs > self.max_batch:
             self._reserve(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -138,7 +146,7 @@ class GpuAttnBackend(KvqAttnBackend):
         """See `KvqAttnBackend`.
 
         Attention stores the fresh rows; after the last layer, one launch quantizes the pages that
-        they filled, in all layers.
+        they filled, in all layers of a layout.
 
         Raises:
             KvqError: the last layer comes before another one, whose pages would never be quantized.
@@ -146,8 +154,9 @@ class GpuAttnBackend(KvqAttnBackend):
         q, k, v = (x.to(self.layout.row_dtype) for x in (q, k, v))
         table = self.decode_metadata
         assert table is not None
-        cache = self.pool.layer(layer.layer_id)
-        out, _ = decode(q, cache, table, self.layout, layer.scaling, self.workspace, fresh=(k, v))
+        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
+        workspace = self.workspaces[layout]
+        out, _ = decode(q, cache, table, layout, layer.scaling, workspace, fresh=(k, v))
         self.num_decoded += 1
         if layer.layer_id == self.layers[-1].layer_id:
             if self.num_decoded != len(self.layers):
@@ -157,7 +166,8 @@ class GpuAttnBackend(KvqAttnBackend):
                     f"without --kv-quant"
                 )
             self.num_decoded = 0
-            close_pages(self.paged_layers, self.layout, table, self.pool.num_contained)
+            for layout, layers in self.paged_layers.items():
+                close_pages(layers, layout, table, self.pool.num_contained)
         return out
 
     def attend_extend(
@@ -167,16 +177,16 @@ class GpuAttnBackend(KvqAttnBackend):
         q, k, v = (x.to(self.layout.row_dtype) for x in (q, k, v))
         batch = self.extend_metadata
         assert batch is not None
-        cache = self.pool.layer(layer.layer_id)
+        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
         prior_rows = batch.prior_rows(cache)
         contained = self.pool.num_contained
-        append(cache, self.layout, k, v, batch.touched, contained, prior_rows)
+        append(cache, layout, k, v, batch.touched, contained, prior_rows)
         out, _ = extend(
             q,
             k,
             v,
             cache,
-            self.layout,
+            layout,
             batch.passes,
             batch.fills,
             batch.touched,

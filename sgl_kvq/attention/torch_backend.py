@@ -49,11 +49,11 @@ class TorchAttnBackend(KvqAttnBackend):
         """See `KvqAttnBackend`."""
         metadata = self.forward_metadata
         assert isinstance(metadata, DecodeMetadata)
-        cache = self.pool.layer(layer.layer_id)
-        size = len(metadata.plan.pages) * self.layout.num_kv_heads * self.layout.head_dim
+        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
+        size = len(metadata.plan.pages) * layout.num_kv_heads * layout.head_dim
         with one_thread_if(size <= SMALL_STEP):
-            self.pool.num_contained += append_decode(cache, self.layout, k, v, metadata.append)
-            out, _ = decode(q, cache, metadata.plan, self.layout, layer.scaling, self.arithmetic)
+            self.pool.num_contained += append_decode(cache, layout, k, v, metadata.append)
+            out, _ = decode(q, cache, metadata.plan, layout, layer.scaling, self.arithmetic)
         return out
 
     def attend_extend(
@@ -62,8 +62,8 @@ class TorchAttnBackend(KvqAttnBackend):
         """See `KvqAttnBackend`."""
         metadata = self.forward_metadata
         assert isinstance(metadata, ExtendMetadata)
-        cache = self.pool.layer(layer.layer_id)
-        rows, num_contained = append_extend(cache, self.layout, k, v, metadata.append)
+        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
+        rows, num_contained = append_extend(cache, layout, k, v, metadata.append)
         self.pool.num_contained += num_contained
         out = extend(
             q,
@@ -71,7 +71,7 @@ class TorchAttnBackend(KvqAttnBackend):
             rows,
             cache.sink_rows,
             metadata.requests,
-            self.layout,
+            layout,
             layer.scaling,
             self.config.quantized_prefill,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from sgl_kvq.commands.basis_fit import Moments, fit_basis
-from sgl_kvq.commands.budget import choose_bits
+from sgl_kvq.commands.budget import Choice, choose_bits
 from sgl_kvq.commands.calibration_text import default_text
 from sgl_kvq.commands.stored_attention import stored_attention
 from sgl_kvq.config import PAGE_SIZE
@@ -38,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dialogue, and source code that come with Python)",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a text, default: 2048")
-    parser.add_argument("--segments", type=int, default=24, help="texts to run, default: 24")
+    parser.add_argument("--segments", type=int, default=36, help="texts to run, default: 36")
     parser.add_argument(
         "--budget-bits",
         type=float,
         metavar="B",
-        help="choose the bits of K and V that lose least within B bits per element, metadata "
-        "included, instead of those of kvq2 or kvq4",
+        help="choose the bits of K and V in each layer that lose least within B bits per element, "
+        "metadata included, instead of those of kvq2 or kvq4",
     )
     parser.add_argument("--device", default="cpu", help="where the model runs, default: cpu")
     parser.add_argument(
@@ -67,22 +69,55 @@ def run(args: argparse.Namespace) -> int:
             f"and at least 1, got {args.context} and {args.segments}"
         )
     collected = collect(args)
+    write(args, collected)
+    collected.path.unlink()
+    return 0
+
+
+def write(args: argparse.Namespace, collected: Collected) -> None:
+    """Fit bases, choose bits if asked to, and write both.
+
+    Args:
+        args: Of the command.
+        collected: Of `collect`.
+
+    Raises:
+        ConfigError: no coding is small enough for `--budget-bits`.
+    """
     moments = [collected.moments[layer].cpu() for layer in sorted(collected.moments)]
     bases = [fit_basis(of_layer) for of_layer in moments]
     num_tokens = collected.done * args.context
     about = {"model": Path(args.model).name, "tokens": str(num_tokens)}
-    chosen = None
-    if args.budget_bits is not None:
+    if args.budget_bits is None:
+        save_bases(args.out, bases, about)
+        name = "kvq2"
+    else:
         choice = choose_bits(args.budget_bits, moments, bases, num_tokens)
-        chosen = choice.bits
+        save_bases(args.out, bases, about, choice.chosen)
+        name = choice.chosen.format
+        _report(choice, about, args.out.with_suffix(".json"))
+    sys.stdout.write(f"serve with --kv-quant {name} --kv-quant-config {args.out}\n")
+
+
+def _report(choice: Choice, about: dict[str, str], path: Path) -> None:
+    """Say what was chosen, and write it as JSON for people; a server reads the other file."""
+    layers = [
+        bits._asdict() | {"predicted_nats": float(f"{cost:.3g}")}
+        for bits, cost in zip(choice.chosen.layers, choice.costs, strict=True)
+    ]
+    report = {
+        **about,
+        "format": choice.chosen.format,
+        "bits_per_element": round(choice.bits_per_element, 4),
+        "layers": layers,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    for bits, count in Counter(choice.chosen.layers).most_common():
         sys.stdout.write(
-            f"K {chosen.k} bits, {chosen.boosted_16ths} of 16 channels {FINE_BITS} more, V "
-            f"{chosen.v} bits: {choice.bits_per_element} bits per element\n"
+            f"{count} layers: K {bits.k} bits, {bits.boosted_16ths} of 16 channels {FINE_BITS} "
+            f"more, V {bits.v} bits\n"
         )
-    save_bases(args.out, bases, about, chosen)
-    collected.path.unlink()
-    sys.stdout.write(f"serve with --kv-quant kvq2 --kv-quant-config {args.out}\n")
-    return 0
+    sys.stdout.write(f"{choice.bits_per_element:.4g} bits per element; {path} lists the layers\n")
 
 
 def collect(args: argparse.Namespace) -> Collected:

@@ -65,7 +65,7 @@ class Coding:
         rotated: Channels are multiplied by a block-diagonal Hadamard matrix before coding.
         rounding: "even" rounds to nearest, ties to even; "half_up" is floor(x + 0.5).
         fitted: (scale, min) is the one of several ranges with the least squared error, instead of
-            the range from minimum to maximum.
+            the range from minimum to maximum; not of boosted channels.
         boosted_16ths: K on the channel axis only: this many sixteenths of the channels, the
             leading ones, get `FINE_BITS` further bits.
     """

@@ -6,7 +6,7 @@ from sgl_kvq.formats.base import Coding, QuantFormat
 
 
 def kvq_format(name: str, k_bits: int, boosted_16ths: int, v_bits: int) -> QuantFormat:
-    """A member of the family.
+    """A member of the family. Only 2-bit codes gain by ranges that cut outliers off.
 
     Args:
         name: The value of `--kv-quant`.
@@ -16,8 +16,8 @@ def kvq_format(name: str, k_bits: int, boosted_16ths: int, v_bits: int) -> Quant
     """
     return QuantFormat(
         name=name,
-        k=Coding(k_bits, axis="channel", fitted=True, boosted_16ths=boosted_16ths),
-        v=Coding(v_bits, axis="token", whole_head=True, fitted=True),
+        k=Coding(k_bits, axis="channel", fitted=k_bits == 2, boosted_16ths=boosted_16ths),
+        v=Coding(v_bits, axis="token", whole_head=True, fitted=v_bits == 2),
         arithmetic="dequantize",
         source="axes of KIVI (arXiv 2402.02750); calibrated bases as in OSCAR (arXiv 2605.17757), "
         "but with K's channels in order of what an error in them costs, so that a fixed share of "

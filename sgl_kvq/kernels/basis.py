@@ -9,7 +9,7 @@ A basis is calibrated (`python -m sgl_kvq calibrate`) or the default of `default
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,19 @@ class KvqBits(NamedTuple):
     k: int
     boosted_16ths: int
     v: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `--budget-bits` chose.
+
+    Args:
+        format: `--kv-quant` that it goes with.
+        layers: Codings of each layer.
+    """
+
+    format: str
+    layers: list[KvqBits]
 
 
 KVQ_CHOICES = tuple(KvqBits(*bits) for bits in product((2, 4), range(17), (2, 4)))
@@ -103,7 +116,7 @@ def default_basis(head_dim: int, num_kv_heads: int) -> LayerBasis:
 
 
 def save_bases(
-    path: Path, bases: list[LayerBasis], about: dict[str, str], bits: KvqBits | None = None
+    path: Path, bases: list[LayerBasis], about: dict[str, str], chosen: Chosen | None = None
 ) -> None:
     """Write calibrated bases as a safetensors file.
 
@@ -111,10 +124,12 @@ def save_bases(
         path: The file.
         bases: One a layer.
         about: What made it; kept in the file's header.
-        bits: Codings to use instead of those that `--kv-quant` names.
+        chosen: Codings to use instead of those that `--kv-quant` names.
     """
     tensors = {name: torch.stack([getattr(basis, name) for basis in bases]) for name in ("k", "v")}
-    header = {"version": FILE_VERSION, **about} | ({"bits": bits._asdict()} if bits else {})
+    header: dict[str, Any] = {"version": FILE_VERSION, **about}
+    if chosen is not None:
+        header["chosen"] = asdict(chosen)
     save_file(tensors, path, metadata={"sgl_kvq": json.dumps(header)})
 
 
@@ -141,29 +156,37 @@ def load_bases(path: str, num_layers: int, num_kv_heads: int, head_dim: int) -> 
     return [LayerBasis(*pair) for pair in zip(*(x.float() for x in tensors.values()), strict=True)]
 
 
-def stored_format(name: str, config_file: str | None) -> QuantFormat:
-    """Format of the pages: that of `--kv-quant`, with the bits that a calibrated file asks for.
+def layer_formats(name: str, config_file: str | None, num_layers: int) -> list[QuantFormat]:
+    """Format of each layer's pages: that of `--kv-quant`, with the bits that a file chose.
 
     Args:
         name: `--kv-quant`.
         config_file: `--kv-quant-config`.
+        num_layers: Layers of the model.
 
     Raises:
-        ConfigError: no such format, not such a file, or it asks for bits that do not exist.
+        ConfigError: no such format, not such a file, or one that chose for another format or model.
     """
-    if config_file is None:
-        return get_format(name)
-    about, _ = _read_file(config_file, ())
-    if "bits" not in about:
-        return get_format(name)
-    bits = about["bits"]
-    legal = isinstance(bits, dict) and bits.keys() == set(KvqBits._fields)
-    if not legal or KvqBits(**bits) not in KVQ_CHOICES:
+    named = get_format(name)
+    chosen = _read_file(config_file, ())[0].get("chosen") if config_file else None
+    if chosen is None:
+        return [named] * num_layers
+    if chosen.get("format") != name:
         raise ConfigError(
-            f"--kv-quant-config: expected bits k 2 or 4, boosted_16ths 0 to 16, v 2 or 4, "
-            f"{config_file} has {bits}; calibrate this model"
+            f"--kv-quant-config: {config_file} chose bits for --kv-quant {chosen.get('format')}, "
+            f"got {name}; pass the former, or calibrate without --budget-bits"
         )
-    return kvq_format(name, *KvqBits(**bits))
+    try:
+        layers = [KvqBits(*bits) for bits in chosen["layers"]]
+    except (KeyError, TypeError):
+        layers = []
+    if len(layers) != num_layers or not set(layers) <= set(KVQ_CHOICES):
+        raise ConfigError(
+            f"--kv-quant-config: expected for each of {num_layers} layers K 2 or 4 bits, 0 to 16 "
+            f"boosted sixteenths, V 2 or 4 bits, {config_file} has {chosen.get('layers')}; "
+            f"calibrate this model"
+        )
+    return [kvq_format(name, *bits) for bits in layers]
 
 
 def _read_file(path: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

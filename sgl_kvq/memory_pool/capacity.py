@@ -22,18 +22,26 @@ class PoolPlan:
     """A sized pool of one rank. All counts are usable ones; each part has one padding entry more.
 
     Args:
-        layout: Of a page row.
-        num_layers: Layers of this rank.
+        layouts: Of a page row in each layer of this rank; they differ in their codings only.
         sink_tokens: Rows of a sink slot.
         num_pages: Pages for tokens.
         open_slots: Requests that can run at once.
     """
 
-    layout: PageLayout
-    num_layers: int
+    layouts: tuple[PageLayout, ...]
     sink_tokens: int
     num_pages: int
     open_slots: int
+
+    @property
+    def layout(self) -> PageLayout:
+        """Of the first layer; its rows, heads and format name are those of every layer."""
+        return self.layouts[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this rank."""
+        return len(self.layouts)
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +63,12 @@ class PoolPlan:
     @property
     def page_bytes(self) -> int:
         """Bytes of the pages, all layers."""
-        return (self.num_pages + 1) * self.layout.page_bytes * self.num_layers
+        return (self.num_pages + 1) * sum(layout.page_bytes for layout in self.layouts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes a token of a closed page takes, all layers."""
+        return sum(layout.bytes_per_token for layout in self.layouts)
 
     @property
     def open_bytes(self) -> int:
@@ -79,11 +92,10 @@ class PoolPlan:
 
     def describe(self) -> str:
         """One line for the log: format, bytes per token, gain over 16 bits, tokens."""
-        page_token_bytes = self.layout.bytes_per_token * self.num_layers
         gain = self.num_tokens / self.bf16_tokens
         return (
-            f"--kv-quant {self.layout.format.name}: {page_token_bytes:,.0f} bytes/token in closed "
-            f"pages, {self.num_tokens:,} tokens in {self.total_bytes / 2**30:.3f} GiB, "
+            f"--kv-quant {self.layout.format.name}: {self.bytes_per_token:,.0f} bytes/token in "
+            f"closed pages, {self.num_tokens:,} tokens in {self.total_bytes / 2**30:.3f} GiB, "
             f"{gain:.2f}x what bf16 holds ({self.bf16_tokens:,}); open pages of up to "
             f"{self.open_slots} running requests {self.open_bytes / 2**20:.1f} MiB, sink rows "
             f"{self.sink_bytes / 2**20:.1f} MiB"
@@ -92,8 +104,7 @@ class PoolPlan:
 
 def plan_pool(
     budget_bytes: int,
-    layout: PageLayout,
-    num_layers: int,
+    layouts: tuple[PageLayout, ...],
     sink_tokens: int,
     open_slots: int | None = None,
     max_tokens: int | None = None,
@@ -102,8 +113,7 @@ def plan_pool(
 
     Args:
         budget_bytes: For this rank, everything included.
-        layout: Of a page row.
-        num_layers: Layers of this rank.
+        layouts: Of a page row in each layer of this rank.
         sink_tokens: Rows kept in 16 bits of each first page.
         open_slots: Requests that run at once; None takes one for `PAGES_PER_OPEN_SLOT` pages.
         max_tokens: Upper limit on tokens.
@@ -119,9 +129,9 @@ def plan_pool(
         slots = open_slots
         if slots is None:
             slots = min(MAX_OPEN_SLOTS, max(2, num_pages // PAGES_PER_OPEN_SLOT))
-        return PoolPlan(layout, num_layers, sink_tokens, num_pages, slots)
+        return PoolPlan(layouts, sink_tokens, num_pages, slots)
 
-    low, high = 0, budget_bytes // (layout.page_bytes * num_layers)
+    low, high = 0, budget_bytes // sum(layout.page_bytes for layout in layouts)
     if max_tokens is not None:
         high = min(high, max_tokens // PAGE_SIZE)
     while low < high:
@@ -134,7 +144,7 @@ def plan_pool(
     if low < MIN_PAGES:
         need = plan(MIN_PAGES)
         raise ConfigError(
-            f"--kv-quant {layout.format.name}: expected memory for at least {MIN_PAGES} pages "
+            f"--kv-quant {best.layout.format.name}: expected memory for at least {MIN_PAGES} pages "
             f"and the open pages of {need.open_slots} requests ({need.total_bytes / 2**30:.4f} "
             f"GiB), got {budget_bytes / 2**30:.4f} GiB"
             + (f" and --max-total-tokens {max_tokens}" if max_tokens is not None else "")

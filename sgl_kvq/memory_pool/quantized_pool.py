@@ -9,6 +9,7 @@ import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import KvqError
+from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host import GPU_MEMORY_TYPE_KV_CACHE, KVCache
 from sgl_kvq.kernels.paged_cache import PagedCache
 from sgl_kvq.memory_pool.capacity import PoolPlan
@@ -54,7 +55,7 @@ class QuantizedKVPool(KVCache):
             self._layers = [
                 PagedCache(
                     pages=torch.zeros(
-                        (plan.num_pages + 1, layout.page_bytes), dtype=torch.uint8, device=device
+                        (plan.num_pages + 1, of_layer.page_bytes), dtype=torch.uint8, device=device
                     ),
                     open_rows=torch.zeros(
                         (plan.open_slots + 1, 2, PAGE_SIZE, *rows),
@@ -67,7 +68,7 @@ class QuantizedKVPool(KVCache):
                         device=device,
                     ),
                 )
-                for _ in range(plan.num_layers)
+                for of_layer in plan.layouts
             ]
         self.open_slots = SlotTable("open pages", plan.open_slots, plan.num_pages, device)
         self.sink_slots = SlotTable("sink rows", plan.sink_slots, plan.num_pages, device)
@@ -78,6 +79,10 @@ class QuantizedKVPool(KVCache):
     def layer(self, layer_id: int) -> PagedCache:
         """Storage of one layer."""
         return self._layers[layer_id - self.start_layer]
+
+    def layout_of(self, layer_id: int) -> PageLayout:
+        """Layout of one layer's pages."""
+        return self.plan.layouts[layer_id - self.start_layer]
 
     @property
     def layers(self) -> list[PagedCache]:
@@ -94,7 +99,7 @@ class QuantizedKVPool(KVCache):
         return (
             [buffer.data_ptr() for buffer in buffers],
             [buffer.nbytes for buffer in buffers],
-            [self.layout.page_bytes] * len(buffers),
+            [layout.page_bytes for layout in self.plan.layouts],
         )
 
     def get_cpu_copy(self, indices: torch.Tensor, mamba_indices: Any = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host import MemoryPoolConfig, get_disagg, get_exec, get_parallel, get_schedule
-from sgl_kvq.kernels.basis import stored_format
+from sgl_kvq.kernels.basis import layer_formats
 from sgl_kvq.memory_pool.allocator import KvqCpuPagedAllocator, KvqPagedAllocator
 from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
@@ -18,10 +18,10 @@ from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 logger = logging.getLogger(__name__)
 
 
-def make_layout(
+def make_layouts(
     config: KVQuantConfig, model_config: Any, tp_size: int, model_dtype: torch.dtype
-) -> PageLayout:
-    """Layout of a page row for a model on one rank.
+) -> tuple[PageLayout, ...]:
+    """Layout of a page row in each layer of a model, on one rank.
 
     Args:
         config: The options.
@@ -29,12 +29,17 @@ def make_layout(
         tp_size: Ranks that share the heads.
         model_dtype: Type of the model's activations; 32-bit models keep bfloat16 rows.
     """
-    return PageLayout(
-        format=stored_format(config.format, config.config_file),
-        head_dim=model_config.head_dim,
-        num_kv_heads=model_config.get_num_kv_heads(tp_size),
-        row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,
-        hadamard_block=config.hadamard_block,
+    return tuple(
+        PageLayout(
+            format=of_layer,
+            head_dim=model_config.head_dim,
+            num_kv_heads=model_config.get_num_kv_heads(tp_size),
+            row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,
+            hadamard_block=config.hadamard_block,
+        )
+        for of_layer in layer_formats(
+            config.format, config.config_file, model_config.num_hidden_layers
+        )
     )
 
 
@@ -49,13 +54,12 @@ def check_memory(args: Any, model_config: Any, config: KVQuantConfig) -> None:
     Raises:
         ConfigError: says what does not fit and how much is needed.
     """
-    layout = make_layout(config, model_config, args.tp_size, model_config.dtype)
+    layouts = make_layouts(config, model_config, args.tp_size, model_config.dtype)
     if config.memory_gb is None:
         return
     plan_pool(
         int(config.memory_gb * 2**30),
-        layout,
-        model_config.num_hidden_layers,
+        layouts,
         config.sink_tokens,
         args.max_running_requests,
         args.max_total_tokens,
@@ -109,17 +113,20 @@ def _plan(
 ) -> PoolPlan:
     return plan_pool(
         budget,
-        make_layout(
-            config,
-            configurator.model_config,
-            get_parallel().attn_tp_size,
-            configurator.model_dtype,
-        ),
-        configurator.layer_info.num_effective_layers,
+        _rank_layouts(configurator, config),
         config.sink_tokens,
         open_slots,
         max_tokens,
     )
+
+
+def _rank_layouts(configurator: Any, config: KVQuantConfig) -> tuple[PageLayout, ...]:
+    """Layouts of the layers of this rank."""
+    layouts = make_layouts(
+        config, configurator.model_config, get_parallel().attn_tp_size, configurator.model_dtype
+    )
+    first = configurator.layer_info.start_layer
+    return layouts[first : first + configurator.layer_info.num_effective_layers]
 
 
 def build_pool(
@@ -133,13 +140,9 @@ def build_pool(
         num_tokens: Capacity, a multiple of the page size.
         open_slots: Rows of the request pool: each holds at most one open page.
     """
-    layout = make_layout(
-        config, configurator.model_config, get_parallel().attn_tp_size, configurator.model_dtype
-    )
     return QuantizedKVPool(
         PoolPlan(
-            layout=layout,
-            num_layers=configurator.layer_info.num_effective_layers,
+            layouts=_rank_layouts(configurator, config),
             sink_tokens=config.sink_tokens,
             num_pages=num_tokens // configurator.page_size,
             open_slots=open_slots,

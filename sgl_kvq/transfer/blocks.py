@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,38 +80,38 @@ class Block:
 def cut_pages(
     first_page: int,
     pages: PageIds,
-    num_layers: int,
-    page_bytes: int,
+    page_bytes: Sequence[int],
     block_bytes: int,
     ready: Any = None,
 ) -> Iterator[Block]:
     """Cut closed pages into blocks of at most `block_bytes`, or of one page in one layer.
 
     A block is filled with pages of one layer first, and with layers when there are no more pages:
-    what lies in one layer is copied by one call.
+    what lies in one layer is copied by one call. Its pages are equally large in all its layers.
 
     Args:
         first_page: Position of the first page in the sequence.
         pages: int64 [n], pages in the pool.
-        num_layers: Layers of the pool.
-        page_bytes: Bytes of a page in one layer, of the heads that are sent.
+        page_bytes: Bytes of a page in each layer of the pool, of the heads that are sent.
         block_bytes: Size to fill up to.
         ready: See `Block`.
     """
     if not len(pages):
         return
-    num_groups = -(-len(pages) // max(1, block_bytes // page_bytes))
-    bounds = [group * len(pages) // num_groups for group in range(num_groups + 1)]
-    for start, end in itertools.pairwise(bounds):
-        for layers in _cut_layers(num_layers, (end - start) * page_bytes, block_bytes):
-            yield Block(
-                BlockKind.PAGES,
-                first_page + start,
-                pages[start:end],
-                layers.start,
-                len(layers),
-                ready=ready,
-            )
+    for size, run in itertools.groupby(range(len(page_bytes)), page_bytes.__getitem__):
+        alike = list(run)
+        num_groups = -(-len(pages) // max(1, block_bytes // size))
+        bounds = [group * len(pages) // num_groups for group in range(num_groups + 1)]
+        for start, end in itertools.pairwise(bounds):
+            for layers in _cut_layers(len(alike), (end - start) * size, block_bytes):
+                yield Block(
+                    BlockKind.PAGES,
+                    first_page + start,
+                    pages[start:end],
+                    alike[layers.start],
+                    len(layers),
+                    ready=ready,
+                )
 
 
 def cut_rows(

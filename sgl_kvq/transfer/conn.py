@@ -130,7 +130,7 @@ class KvqSender(_Poller, CommonKVSender):
         cached pages are sent earlier, and then it sets an event.
         """
         manager = self.kv_mgr
-        plan, layout = manager.pool.plan, manager.pool.layout
+        plan = manager.pool.plan
         ready = self.__dict__.pop("_early_send_wait_event", None)
         row_bytes = manager.access.row_bytes(manager.access.heads)
         sizes = {"block_bytes": manager.config.block_bytes, "ready": ready}
@@ -143,7 +143,8 @@ class KvqSender(_Poller, CommonKVSender):
         if first_page == 0 and len(closed) and plan.sink_tokens:
             rows = (plan.sink_tokens, plan.num_layers, row_bytes)
             blocks += cut_rows(BlockKind.SINK_ROWS, pages[:1], *rows, **sizes)
-        blocks += cut_pages(first_page, closed, plan.num_layers, layout.page_bytes, **sizes)
+        page_bytes = [layout.page_bytes for layout in plan.layouts]
+        blocks += cut_pages(first_page, closed, page_bytes, **sizes)
         if num_rows and len(pages):
             rows = (num_rows, plan.num_layers, row_bytes)
             blocks += cut_rows(BlockKind.OPEN_ROWS, pages[-1:], *rows, **sizes)

@@ -102,7 +102,7 @@ class GpuPoolAccess(PoolAccess):
     def _gather_pages(self, block: Block, heads: HeadRange) -> torch.Tensor:
         """Payload on the device, int64; of one run and layer, the pool itself."""
         words = self._words[block.first_layer : block.first_layer + block.num_layers]
-        columns = self._word_columns(heads)
+        columns = self._word_columns(block, heads)
         run = run_of(block.pages)
         if run is not None:
             parts = [layer[run, columns] for layer in words]
@@ -114,8 +114,10 @@ class GpuPoolAccess(PoolAccess):
             torch.index_select(layer[:, columns], 0, pages, out=target)
         return out
 
-    def _word_columns(self, heads: HeadRange) -> slice:
-        columns = self.columns(heads)  # multiples of 16 bytes: docs/kv_layout.md
+    def _word_columns(self, block: Block | BlockHeader, heads: HeadRange) -> slice:
+        columns = self.columns(
+            heads, self.head_bytes(block)
+        )  # multiples of 16 bytes: docs/kv_layout.md
         return slice(columns.start // 8, columns.stop // 8)
 
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
@@ -130,7 +132,8 @@ class GpuPoolAccess(PoolAccess):
             values = staged.to(self.pool.device, non_blocking=True)
             if header.kind is BlockKind.PAGES:
                 words = values.view(torch.int64).view(*source.shape[:2], -1)
-                self._scatter_pages(header.first_layer, words, self._word_columns(heads), place)
+                columns = self._word_columns(header, heads)
+                self._scatter_pages(header.first_layer, words, columns, place)
             else:
                 part, slot = heads.within(self.heads), int(place[0])
                 rows = values.view(self.layout.row_dtype).view(*source.shape[:4], -1)

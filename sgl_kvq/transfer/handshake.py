@@ -17,24 +17,23 @@ _SAMPLE_BYTES = 1024
 
 
 def make_fingerprint(
-    config: KVQuantConfig, layout: PageLayout, num_layers: int, num_kv_heads: int, weights: str
+    config: KVQuantConfig, layouts: tuple[PageLayout, ...], num_kv_heads: int, weights: str
 ) -> Fingerprint:
     """Everything that decides what a page's bytes mean, and whether they are of the same model.
 
     Args:
         config: The options of `--kv-quant`.
-        layout: Of a page row of this rank.
-        num_layers: Layers of the model.
+        layouts: Of a page row of this rank in each layer.
         num_kv_heads: KV heads of the model, over all ranks.
         weights: See `weights_digest`.
     """
-    fields = ",".join(f"{name}@{field.offset_bytes}" for name, field in layout.fields.items())
+    layout = layouts[0]
     return {
         "format": config.format,
-        "K coding": repr(layout.format.k),
-        "V coding": repr(layout.format.v),
-        "head bytes": layout.head_bytes,
-        "page fields": fields,
+        "K coding": _by_layer([repr(layout.format.k) for layout in layouts]),
+        "V coding": _by_layer([repr(layout.format.v) for layout in layouts]),
+        "head bytes": _by_layer([str(layout.head_bytes) for layout in layouts]),
+        "page fields": _by_layer([_fields(layout) for layout in layouts]),
         "page size": PAGE_SIZE,
         "prefill mode": config.prefill,
         "sink tokens": config.sink_tokens,
@@ -42,10 +41,21 @@ def make_fingerprint(
         "head_dim": layout.head_dim,
         "KV heads": num_kv_heads,
         "row type": str(layout.row_dtype),
-        "layers": num_layers,
+        "layers": len(layouts),
         "weights": weights,
         "--kv-quant-config": _file_digest(config.config_file),
     }
+
+
+def _fields(layout: PageLayout) -> str:
+    return ",".join(f"{name}@{field.offset_bytes}" for name, field in layout.fields.items())
+
+
+def _by_layer(values: list[str]) -> str:
+    """What all layers have, or a digest of what each has: texts on the wire are bounded."""
+    if len(set(values)) == 1:
+        return values[0]
+    return f"by layer, digest {xxhash.xxh3_64_hexdigest(';'.join(values).encode())}"
 
 
 def digest(fingerprint: Fingerprint) -> int:

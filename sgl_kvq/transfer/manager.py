@@ -60,8 +60,7 @@ class KvqManager(CommonKVManager):
         self.access = open_pool(pool, heads, forward_stream)
         fingerprint = make_fingerprint(
             config,
-            pool.layout,
-            pool.plan.num_layers,
+            pool.plan.layouts,
             num_kv_heads,
             weights_digest(self.server_args.model_path),
         )

@@ -80,16 +80,31 @@ class PoolAccess(ABC):
         """Size of a block's payload before the codec."""
         layers = block.num_layers
         if block.kind is BlockKind.PAGES:
-            return layers * block.num_pages * heads.count * self.layout.head_bytes
+            return layers * block.num_pages * heads.count * self.head_bytes(block)
         return layers * block.num_rows * self.row_bytes(heads)
 
     def row_bytes(self, heads: HeadRange) -> int:
         """K and V of a token in one layer, in 16 bits."""
         return 2 * heads.count * self.layout.head_dim * self.layout.row_dtype.itemsize
 
-    def columns(self, heads: HeadRange) -> slice:
-        """Bytes of a page row that hold these heads."""
-        part, width = heads.within(self.heads), self.layout.head_bytes
+    def head_bytes(self, block: Block | BlockHeader) -> int:
+        """Bytes of a head in a page, the same in all layers of a block.
+
+        Raises:
+            WireError: it is not the same.
+        """
+        layers = slice(block.first_layer, block.first_layer + block.num_layers)
+        sizes = {layout.head_bytes for layout in self.pool.plan.layouts[layers]}
+        if len(sizes) != 1:
+            raise WireError(
+                f"block of layers {layers.start} to {layers.stop}: expected pages of one size, got "
+                f"{sorted(sizes)} bytes a head"
+            )
+        return sizes.pop()
+
+    def columns(self, heads: HeadRange, width: int) -> slice:
+        """Bytes of a page row that hold these heads of `width` bytes each."""
+        part = heads.within(self.heads)
         return slice(part.start * width, part.stop * width)
 
     def payload(self, header: BlockHeader, data: Buffer) -> Any:
@@ -99,7 +114,7 @@ class PoolAccess(ABC):
             WireError: another size.
         """
         if header.kind is BlockKind.PAGES:
-            width = header.num_heads * self.layout.head_bytes
+            width = header.num_heads * self.head_bytes(header)
             shape: tuple[int, ...] = (header.num_layers, header.num_pages, width)
         else:
             head_bytes = self.layout.head_dim * self.layout.row_dtype.itemsize
@@ -151,7 +166,7 @@ class CpuPoolAccess(PoolAccess):
         """As the base."""
         layers = slice(block.first_layer, block.first_layer + block.num_layers)
         if block.kind is BlockKind.PAGES:
-            columns = self.columns(heads)
+            columns = self.columns(heads, self.head_bytes(block))
             shape = (block.num_layers, block.num_pages, columns.stop - columns.start)
             for array, target in zip(self._pages[layers], out.reshape(shape), strict=True):
                 if shape[2] == array.shape[1]:
@@ -172,7 +187,8 @@ class CpuPoolAccess(PoolAccess):
         heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         if header.kind is BlockKind.PAGES:
-            columns, run = self.columns(heads), run_of(place)
+            columns = self.columns(heads, self.head_bytes(header))
+            run = run_of(place)
             where = place if run is None else run
             for array, values in zip(self._pages[layers], source, strict=True):
                 array[where, columns] = values

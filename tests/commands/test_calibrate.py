@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,18 @@ import torch
 from sgl_kvq.__main__ import main
 from sgl_kvq.commands import calibrate
 from sgl_kvq.commands.basis_fit import Moments, fit_basis
-from sgl_kvq.commands.budget import bits_per_element, choose_bits, left_over
+from sgl_kvq.commands.budget import (
+    CANDIDATES,
+    _cost,
+    _spread,
+    bits_per_element,
+    choose_bits,
+    left_over,
+)
 from sgl_kvq.commands.stored_attention import stored_attention
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.kernels.basis import KvqBits, stored_format
+from sgl_kvq.kernels.basis import KvqBits, layer_formats
 
 HEADS, GQA, D = 2, 3, 64
 
@@ -54,27 +63,51 @@ def moments(k_cost: float, v_cost: float) -> Moments:
     return Moments(spread, spread, k_cost * eye, v_cost * eye)
 
 
-def choose(budget: float, k_cost: float, v_cost: float) -> KvqBits:
-    layers = [moments(k_cost, v_cost)] * 2
-    return choose_bits(budget, layers, [fit_basis(layer) for layer in layers], 1).bits
+def choose(budget: float, k_cost: float, v_cost: float, later: float = 1) -> list[KvqBits]:
+    """Choose for four layers; errors in the last two cost `later` times as much."""
+    layers = [moments(scale * k_cost, scale * v_cost) for scale in (1, 1, later, later)]
+    found = choose_bits(budget, layers, [fit_basis(layer) for layer in layers], 1)
+    size = sum(bits_per_element(bits, D) for bits in found.chosen.layers) / 4
+    assert found.bits_per_element == pytest.approx(size)
+    assert size <= budget
+    return found.chosen.layers
 
 
 def test_bits_go_where_errors_cost() -> None:
-    assert choose(2.9, 1, 1) == KvqBits(2, 6, 2)
-    assert choose(3.75, 1, 1e-6).v == 2
-    assert choose(3.75, 1e-6, 1).v == 4
-    assert choose(2.5, 1, 1) == KvqBits(2, 0, 2)
-    for budget in (2.5, 2.7, 3.0, 3.6, 4.6):
-        assert bits_per_element(choose(budget, 1, 1), D) <= budget
+    assert choose(2.5, 1, 1) == [KvqBits(2, 0, 2)] * 4
+    assert {bits.v for bits in choose(3.75, 1, 1e-6)} == {2}
+    assert {bits.v for bits in choose(3.75, 1e-6, 1)} == {4}
+    first, _, third, last = choose(3.5, 1, 1, later=100)
+    assert bits_per_element(first, D) < bits_per_element(third, D)
+    assert third == last
     with pytest.raises(ConfigError, match=r"--budget-bits: expected at least 2\.5"):
         choose(2.4, 1, 1)
 
 
+@pytest.mark.parametrize("budget", [2.7, 3.0, 3.6, 4.6])
+def test_no_other_pair_of_codings_is_better(budget: float) -> None:
+    """Against all assignments of all pairs to three layers."""
+    layers = [moments(k, v) for k, v in ((1, 3), (5, 1), (30, 40))]
+    bases = [fit_basis(layer) for layer in layers]
+    costs = [
+        [_cost(bits, _spread(*pair)) for bits in CANDIDATES]
+        for pair in zip(layers, bases, strict=True)
+    ]
+    sizes = [bits_per_element(bits, D) for bits in CANDIDATES]
+    least = min(
+        sum(of_layer[i] for of_layer, i in zip(costs, picks, strict=True))
+        for pair in combinations(range(len(CANDIDATES)), 2)
+        for picks in product(pair, repeat=3)
+        if sum(sizes[i] for i in picks) <= 3 * budget
+    )
+    assert sum(choose_bits(budget, layers, bases, 1).costs) == pytest.approx(least)
+
+
 def test_left_over_shrinks_sixteenfold_with_two_bits() -> None:
-    """Uniform steps: a quarter of the step is a sixteenth of the error, less what ranges cut."""
+    """Uniform steps: 15 / 63 of the step is 1 / 17.6 of the error; ranges cut more at 2 bits."""
     assert left_over(2, 64) == pytest.approx(0.12, abs=0.015)
     assert 10 < left_over(2, 64) / left_over(4, 64) < 16
-    assert 12 < left_over(4, 64) / left_over(6, 64) < 17
+    assert 12 < left_over(4, 64) / left_over(6, 64) < 18
 
 
 def test_calibrate_goes_on_where_it_was_stopped(
@@ -108,5 +141,9 @@ def test_calibrate_goes_on_where_it_was_stopped(
     assert not list(tmp_path.glob("*.partial"))
     whole, parts = (tmp_path / f"{name}.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
-    chosen = stored_format("kvq2", str(parts))
-    assert f"K {chosen.k.num_bits} bits" in said
+    report = json.loads(whole.with_suffix(".json").read_text())
+    chosen = layer_formats(report["format"], str(parts), len(report["layers"]))
+    assert [bits["k"] for bits in report["layers"]] == [f.k.num_bits for f in chosen]
+    assert report["bits_per_element"] <= 3.6
+    assert f"K {chosen[0].k.num_bits} bits" in said
+    assert f"--kv-quant {report['format']}" in said

@@ -14,13 +14,14 @@ from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.basis import (
+    Chosen,
     KvqBits,
     LayerBasis,
     change_basis,
     default_basis,
+    layer_formats,
     load_bases,
     save_bases,
-    stored_format,
 )
 
 TOKENS, HEADS, GQA, D = 256, 2, 3, 64
@@ -119,35 +120,34 @@ def test_files(tmp_path: Path) -> None:
         load_bases(str(path), 2, HEADS, D)
 
 
-def test_a_file_may_ask_for_other_bits(tmp_path: Path) -> None:
-    path = tmp_path / "kvq.safetensors"
-    bases = [default_basis(D, HEADS)]
-    save_bases(path, bases, {"model": "m"})
-    assert stored_format("kvq2", str(path)) == get_format("kvq2") == stored_format("kvq2", None)
-    save_bases(path, bases, {"model": "m"}, KvqBits(4, 2, 2))
-    found = stored_format("kvq2", str(path))
-    assert (found.k.num_bits, found.k.boosted_16ths, found.v.num_bits) == (4, 2, 2)
-    assert load_bases(str(path), 1, HEADS, D)[0].k.shape == (HEADS, D, D)
+def test_a_file_may_choose_bits_by_layer(tmp_path: Path) -> None:
+    path = str(tmp_path / "kvq.safetensors")
+    bases = [default_basis(D, HEADS)] * 2
+    save_bases(Path(path), bases, {"model": "m"})
+    plain = [get_format("kvq2")] * 2
+    assert layer_formats("kvq2", path, 2) == layer_formats("kvq2", None, 2) == plain
+    chosen = Chosen("kvq4", [KvqBits(4, 2, 2), KvqBits(2, 3, 4)])
+    save_bases(Path(path), bases, {"model": "m"}, chosen)
+    found = layer_formats("kvq4", path, 2)
+    assert [KvqBits(f.k.num_bits, f.k.boosted_16ths, f.v.num_bits) for f in found] == chosen.layers
+    assert {f.name for f in found} == {"kvq4"}
+    assert load_bases(path, 2, HEADS, D)[0].k.shape == (HEADS, D, D)
+    with pytest.raises(ConfigError, match=r"chose bits for --kv-quant kvq4, got kvq2"):
+        layer_formats("kvq2", path, 2)
+    with pytest.raises(ConfigError, match=r"expected for each of 3 layers .* calibrate this model"):
+        layer_formats("kvq4", path, 3)
 
 
 @pytest.mark.parametrize(
-    "bits",
-    [
-        {"k": 3, "boosted_16ths": 2, "v": 2},
-        {"k": 2, "boosted_16ths": 17, "v": 2},
-        {"k": 2, "boosted_16ths": 1.5, "v": 2},
-        {"k": 2, "boosted_16ths": 0, "v": 8},
-        {"k": 2, "v": 2},
-        [2, 0, 2],
-    ],
-    ids=str,
+    "layers", [[[3, 2, 2]], [[2, 17, 2]], [[2, 1.5, 2]], [[2, 0, 8]], [[2, 2]], [2], None], ids=str
 )
-def test_a_file_that_asks_for_other_codings_is_refused(tmp_path: Path, bits: object) -> None:
+def test_bits_that_do_not_exist_are_refused(tmp_path: Path, layers: object) -> None:
     path = tmp_path / "kvq.safetensors"
     save_bases(path, [default_basis(D, HEADS)], {"model": "m"})
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in ("k", "v")}
-    header = {"sgl_kvq": json.dumps({"version": 1, "bits": bits})}
+    chosen = {"format": "kvq2", "layers": layers}
+    header = {"sgl_kvq": json.dumps({"version": 1, "chosen": chosen})}
     save_file(tensors, path, metadata=header)
-    with pytest.raises(ConfigError, match=r"--kv-quant-config: expected bits .* calibrate"):
-        stored_format("kvq2", str(path))
+    with pytest.raises(ConfigError, match=r"--kv-quant-config: expected for each of 1 layers"):
+        layer_formats("kvq2", str(path), 1)

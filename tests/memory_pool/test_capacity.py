@@ -17,7 +17,7 @@ BF16_TOKEN_BYTES = 30 * 3 * 64 * 2 * 2
 @pytest.mark.parametrize(("name", "gain"), [("hack2", 5.8), ("hack4", 3.3), ("kivi4", 3.4)])
 def test_gain_over_bf16_counts_everything(name: str, gain: float, bf16_tokens: int) -> None:
     budget = bf16_tokens * BF16_TOKEN_BYTES
-    plan = plan_pool(budget, PageLayout(get_format(name), **SMOLLM2), 30, sink_tokens=4)
+    plan = plan_pool(budget, (PageLayout(get_format(name), **SMOLLM2),) * 30, sink_tokens=4)
     assert plan.total_bytes <= budget
     assert plan.num_tokens >= gain * bf16_tokens
 
@@ -26,26 +26,26 @@ def test_gain_over_bf16_counts_everything(name: str, gain: float, bf16_tokens: i
 @pytest.mark.parametrize("name", format_names())
 def test_plan_is_what_the_pool_allocates(name: str, sink_tokens: int) -> None:
     layout = PageLayout(get_format(name), 64, 2)
-    plan = plan_pool(8 << 20, layout, 2, sink_tokens, open_slots=5)
+    plan = plan_pool(8 << 20, (layout,) * 2, sink_tokens, open_slots=5)
     pool = QuantizedKVPool(plan, device="cpu")
     tensors = [t for i in range(2) for t in vars(pool.layer(i)).values()]
     assert sum(t.nbytes for t in tensors) == plan.total_bytes == pool.get_kv_size_bytes()
-    one_more = plan_pool(8 << 20, layout, 2, sink_tokens, 5, max_tokens=plan.num_tokens + 64)
+    one_more = plan_pool(8 << 20, (layout,) * 2, sink_tokens, 5, max_tokens=plan.num_tokens + 64)
     assert one_more.num_pages == plan.num_pages  # nothing fits any more
 
 
 def test_limits_and_refusals() -> None:
-    layout = PageLayout(get_format("hack2"), **SMOLLM2)
-    assert plan_pool(1 << 30, layout, 30, 4, max_tokens=1000).num_tokens == 960
-    assert plan_pool(1 << 30, layout, 30, 4, open_slots=50).open_slots == 50
+    layouts = (PageLayout(get_format("hack2"), **SMOLLM2),) * 30
+    assert plan_pool(1 << 30, layouts, 4, max_tokens=1000).num_tokens == 960
+    assert plan_pool(1 << 30, layouts, 4, open_slots=50).open_slots == 50
     with pytest.raises(ConfigError, match=r"expected memory for at least 4 pages.*raise"):
-        plan_pool(1 << 20, layout, 30, 4)
+        plan_pool(1 << 20, layouts, 4)
     with pytest.raises(ConfigError, match="--max-total-tokens 64"):
-        plan_pool(1 << 30, layout, 30, 4, max_tokens=64)
+        plan_pool(1 << 30, layouts, 4, max_tokens=64)
 
 
 def test_start_line_says_what_fits() -> None:
-    plan = plan_pool(460_800_000, PageLayout(get_format("hack2"), **SMOLLM2), 30, 4)
+    plan = plan_pool(460_800_000, (PageLayout(get_format("hack2"), **SMOLLM2),) * 30, 4)
     line = plan.describe()
     assert "--kv-quant hack2: 3,780 bytes/token" in line
     assert f"{plan.num_tokens:,} tokens" in line
@@ -54,7 +54,7 @@ def test_start_line_says_what_fits() -> None:
 
 def test_contiguous_buffers_describe_one_row_a_page_and_layer() -> None:
     layout = PageLayout(get_format("hack4"), 64, 2)
-    pool = QuantizedKVPool(plan_pool(8 << 20, layout, 3, 4, 2), device="cpu", start_layer=5)
+    pool = QuantizedKVPool(plan_pool(8 << 20, (layout,) * 3, 4, 2), device="cpu", start_layer=5)
     addresses, sizes, item_sizes = pool.get_contiguous_buf_infos()
     assert len(addresses) == len(set(addresses)) == 3
     assert item_sizes == [layout.page_bytes] * 3

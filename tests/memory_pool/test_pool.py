@@ -14,7 +14,7 @@ from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 
 def make(num_pages: int = 20, open_slots: int = 3) -> tuple[QuantizedKVPool, KvqCpuPagedAllocator]:
     layout = PageLayout(get_format("hack2"), 64, 2)
-    pool = QuantizedKVPool(PoolPlan(layout, 2, 4, num_pages, open_slots), device="cpu")
+    pool = QuantizedKVPool(PoolPlan((layout,) * 2, 4, num_pages, open_slots), device="cpu")
     allocator = KvqCpuPagedAllocator(
         pool.size, PAGE_SIZE, torch.bfloat16, "cpu", pool, need_sort=False
     )

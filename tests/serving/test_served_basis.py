@@ -13,9 +13,10 @@ from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.__main__ import main
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.kernels.basis import stored_format
+from sgl_kvq.kernels.basis import layer_formats
 
 PROMPT, DECODED = 700, 70
+NUM_LAYERS = 3  # of the short model
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,14 @@ def config_files(
     """By what a file says: nothing without a file, the bases, or the bases and other bits."""
     folder = tmp_path_factory.mktemp("calibrated")
     paths: dict[str, str | None] = {"default": None}
-    for name, budget in (("calibrated", []), ("chosen", ["--budget-bits", "3.6"])):
+    for name, budget in (("calibrated", []), ("chosen", ["--budget-bits", "3.4"])):
         paths[name] = str(folder / f"{name}.safetensors")
         arguments = ["--context", "512", "--segments", "2", "--out", paths[name]]
         assert main(["calibrate", short_model_path, *arguments, *budget]) == 0
     assert not list(folder.glob("*.partial"))
-    assert stored_format("kvq2", paths["chosen"]) != get_format("kvq2")
+    chosen = layer_formats("kvq2", paths["chosen"], NUM_LAYERS)
+    assert get_format("kvq2") not in chosen
+    assert len(set(chosen)) == 2
     return paths
 
 

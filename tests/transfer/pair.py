@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from sgl_kvq.config import PAGE_SIZE, KVQuantConfig
+from sgl_kvq.formats.base import QuantFormat
+from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
@@ -33,6 +35,13 @@ SINK_TOKENS = 4
 METADATA = bytes(range(200))
 
 
+def pair_formats(name: str) -> list[QuantFormat]:
+    """Formats of the layers; "chosen" is what a calibrated file may choose, kvq2 otherwise."""
+    if name != "chosen":
+        return [get_format(name)] * NUM_LAYERS
+    return [kvq_format("kvq2", 2, 2, 2), kvq_format("kvq2", 2, 2, 2), kvq_format("kvq2", 4, 2, 4)]
+
+
 def make_pool(
     format_name: str = "hack2",
     heads: int = NUM_HEADS,
@@ -41,8 +50,8 @@ def make_pool(
     device: str = "cpu",
 ) -> QuantizedKVPool:
     """A pool of random bytes; without a seed every byte is 0xEE, so that any write shows."""
-    layout = PageLayout(get_format(format_name), 64, heads)
-    pool = QuantizedKVPool(PoolPlan(layout, NUM_LAYERS, SINK_TOKENS, num_pages, 8), device=device)
+    layouts = tuple(PageLayout(of_layer, 64, heads) for of_layer in pair_formats(format_name))
+    pool = QuantizedKVPool(PoolPlan(layouts, SINK_TOKENS, num_pages, 8), device=device)
     generator = torch.Generator().manual_seed(seed or 0)
     for layer in pool.layers:
         for part in (layer.pages, layer.open_rows, layer.sink_rows):
@@ -55,8 +64,8 @@ def make_pool(
 
 
 def fingerprint(pool: QuantizedKVPool, format_name: str = "hack2", weights: str = "same") -> Any:
-    config = KVQuantConfig(format_name, sink_tokens=SINK_TOKENS)
-    return make_fingerprint(config, pool.layout, NUM_LAYERS, NUM_HEADS, weights)
+    config = KVQuantConfig(pool.layout.format.name, sink_tokens=SINK_TOKENS)
+    return make_fingerprint(config, pool.plan.layouts, NUM_HEADS, weights)
 
 
 @dataclass
@@ -131,8 +140,8 @@ class PrefillSide:
         blocks: list[Block] = []
         if first_page == 0 and len(closed):
             blocks += cut_rows(BlockKind.SINK_ROWS, places[:1], SINK_TOKENS, *sizes)
-        page_bytes = self.pool.layout.page_bytes
-        blocks += cut_pages(first_page, closed, NUM_LAYERS, page_bytes, self.config.block_bytes)
+        page_bytes = [layout.page_bytes for layout in self.pool.plan.layouts]
+        blocks += cut_pages(first_page, closed, page_bytes, self.config.block_bytes)
         if num_rows and len(places):
             blocks += cut_rows(BlockKind.OPEN_ROWS, places[-1:], num_rows, *sizes)
         blocks.append(Block(BlockKind.METADATA, data=METADATA))
@@ -216,11 +225,11 @@ def assert_equal(
     """Closed pages, open rows and sink rows of the shared heads are the same bytes."""
     common: HeadRange = source.heads.intersect(target.heads)
     ours, theirs = common.within(source.heads), common.within(target.heads)
-    width = source.pool.layout.head_bytes
     num_rows = num_tokens % PAGE_SIZE
     closed = slice(0, len(sent) - 1 if num_rows else len(sent))
-    pairs = zip(source.pool.layers, target.pool.layers, strict=True)
-    for mine, other in pairs:
+    layers = zip(source.pool.layers, target.pool.layers, source.pool.plan.layouts, strict=True)
+    for mine, other, layout in layers:
+        width = layout.head_bytes
         assert torch.equal(
             mine.pages[sent[closed], ours.start * width : ours.stop * width].cpu(),
             other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair import (
     METADATA,
+    NUM_HEADS,
+    NUM_LAYERS,
     DecodeSide,
     PrefillSide,
     assert_equal,
@@ -29,9 +32,10 @@ from prometheus_client import REGISTRY
 from proxy import Proxy
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.errors import ConfigError, TransferError
+from sgl_kvq.errors import ConfigError, TransferError, WireError
 from sgl_kvq.transfer.auth import make_keys
 from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
+from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import check_fingerprint
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.messages import Hello, Refuse, pack_message, parse_message
@@ -60,7 +64,7 @@ def ship(
     return sent, got
 
 
-@pytest.mark.parametrize("format_name", ["hack2", "hack4", "bf16"])
+@pytest.mark.parametrize("format_name", ["hack2", "hack4", "bf16", "chosen"])
 def test_every_byte_arrives_and_no_other_is_touched(format_name: str) -> None:
     prefill = PrefillSide(CONFIG, format_name=format_name)
     decode = DecodeSide(CONFIG, format_name=format_name)
@@ -169,6 +173,15 @@ def test_handshake_compares_everything() -> None:
             TransferError, match=re.escape(f"{name}: prefill unset, decode {value}")
         ):
             check_fingerprint({k: v for k, v in mine.items() if k != name}, mine)
+
+
+def test_handshake_compares_every_layer() -> None:
+    mine, other = fingerprint(make_pool("chosen")), fingerprint(make_pool("kvq2"))
+    assert mine["format"] == other["format"] == "kvq2"
+    with pytest.raises(
+        TransferError, match=r"K coding: prefill by layer, digest .*, decode Coding"
+    ):
+        check_fingerprint(mine, other)
 
 
 def test_another_wire_version_is_refused_with_both_versions() -> None:
@@ -395,20 +408,31 @@ def test_port_in_use_is_one_line() -> None:
             PrefillSide(TransferConfig(port=port))
 
 
+def test_a_block_of_layers_with_pages_of_two_sizes_is_refused() -> None:
+    pool = make_pool("chosen")
+    access = open_pool(pool, HeadRange(0, NUM_HEADS))
+    sizes = [layout.page_bytes for layout in pool.plan.layouts]
+    blocks = list(cut_pages(0, np.array([5]), sizes, 1 << 20))
+    assert [(block.first_layer, block.num_layers) for block in blocks] == [(0, 2), (2, 1)]
+    everything = replace(blocks[0], num_layers=NUM_LAYERS)
+    with pytest.raises(WireError, match=r"layers 0 to 3: expected pages of one size"):
+        access.payload_bytes(everything, access.heads)
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.integers(1, 500), max_size=40, unique=True),
-    st.integers(1, 9),
-    st.integers(1, 5000),
+    st.lists(st.sampled_from([1, 700, 5000]), min_size=1, max_size=9),
     st.integers(1, 20_000),
 )
 def test_cutting_covers_every_page_and_layer_once(
-    pages: list[int], num_layers: int, page_bytes: int, block_bytes: int
+    pages: list[int], page_bytes: list[int], block_bytes: int
 ) -> None:
-    places = np.array(pages, dtype=np.int64)
+    places, num_layers = np.array(pages, dtype=np.int64), len(page_bytes)
     seen: list[tuple[int, int]] = []
-    for block in cut_pages(3, places, num_layers, page_bytes, block_bytes):
-        size = block.num_layers * block.num_pages * page_bytes
+    for block in cut_pages(3, places, page_bytes, block_bytes):
+        (in_layer,) = set(page_bytes[block.first_layer : block.first_layer + block.num_layers])
+        size = block.num_layers * block.num_pages * in_layer
         assert size <= block_bytes or (block.num_layers, block.num_pages) == (1, 1)
         positions = range(block.first_page - 3, block.first_page - 3 + block.num_pages)
         assert [pages[i] for i in positions] == block.pages.tolist()

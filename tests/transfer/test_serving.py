@@ -147,7 +147,7 @@ def test_pd_equals_one_server(
     page_tokens = "sgl_kvq:transfer_closed_page_tokens_total"
     sent = after[page_tokens] - before[page_tokens]
     assert sent == (0 if with_radix else len(prompts[4]) // 64 * 64)
-    pool_bytes = scheduler.pool.plan.layout.bytes_per_token * scheduler.pool.plan.num_layers
+    pool_bytes = scheduler.pool.plan.bytes_per_token
     wire = after["sgl_kvq:transfer_wire_bytes_total:pages"]
     wire += after["sgl_kvq:transfer_wire_bytes_total:header"]
     assert wire / after[page_tokens] <= 1.01 * pool_bytes

@@ -140,6 +140,8 @@ def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
             tried_scales, tried_mins = _range(low + cut, high - cut, tops)
             error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
             better = error < least
+            if CODING.fine_bytes > 0:  # boosted channels keep their whole range
+                better = better & (tops < (1 << CODING.num_bits))
             least = tl.where(better, error, least)
             scales = tl.where(better, tried_scales, scales)
             mins = tl.where(better, tried_mins, mins)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
@@ -212,12 +214,13 @@ def _encode_tensor(
 def _boost(
     x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code boosted channels x [N, H, P, boosted] with `FINE_BITS` further bits.
+    """Code boosted channels x [N, H, P, boosted] with `FINE_BITS` further bits, none cut off.
 
     Returns:
         codes like x; scales, of the leading bits (exactly 2^FINE_BITS steps), and mins
         [N, H, 1, boosted].
     """
     max_code = (coding.max_code + 1 << FINE_BITS) - 1
-    codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink, max_code=max_code)
+    whole = replace(coding, fitted=False)
+    codes, scales, mins = quantize_groups(x, whole, dim=2, excluded=is_sink, max_code=max_code)
     return codes, scales * (1 << FINE_BITS), mins
