@@ -59,7 +59,7 @@ def compile_for(kernel: Any, arch: int, constants: dict[str, Any], **options: An
 
 
 def spec_of(name: str, head_dim: int) -> PageSpec:
-    return page_spec(PageLayout(get_format(name), head_dim, 8))
+    return page_spec(PageLayout(named_format(name), head_dim, 8))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,8 @@ def spec_of(name: str, head_dim: int) -> PageSpec:
         *(
             (90, "kvq2", 128),
             (80, "kvq4", 64),
+            (90, "4:5:4", 128),
+            (90, "2:7:2", 64),
             (90, "saw4", 96),
             (80, "bf16", 64),
             (90, "hack2-v1", 256),
@@ -96,7 +98,8 @@ def test_merge(arch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "name", "head_dim"), [(80, "hack2", 128), (89, "saw4", 80), (90, "kvq2", 128)]
+    ("arch", "name", "head_dim"),
+    [(80, "hack2", 128), (89, "saw4", 80), (90, "kvq2", 128), (90, "4:5:4", 128)],
 )
 def test_append_and_close(arch: int, name: str, head_dim: int) -> None:
     constants = {"SINKS": 4, "SPEC": spec_of(name, head_dim)}

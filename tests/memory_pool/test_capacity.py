@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.memory_pool.capacity import plan_pool
 from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 
 SMOLLM2 = {"head_dim": 64, "num_kv_heads": 3}
+BITS_BY_LAYER = ((2, 4, 2), (2, 4, 2), (4, 5, 4))  # as `calibrate --budget-bits` chooses
 BF16_TOKEN_BYTES = 30 * 3 * 64 * 2 * 2
 
 
@@ -32,6 +34,19 @@ def test_plan_is_what_the_pool_allocates(name: str, sink_tokens: int) -> None:
     assert sum(t.nbytes for t in tensors) == plan.total_bytes == pool.get_kv_size_bytes()
     one_more = plan_pool(8 << 20, (layout,) * 2, sink_tokens, 5, max_tokens=plan.num_tokens + 64)
     assert one_more.num_pages == plan.num_pages  # nothing fits any more
+
+
+def test_layers_may_have_pages_of_different_sizes() -> None:
+    layouts = tuple(PageLayout(kvq_format("kvq2", *bits), 64, 2) for bits in BITS_BY_LAYER)
+    plan = plan_pool(8 << 20, layouts, 4, open_slots=5)
+    pool = QuantizedKVPool(plan, device="cpu", start_layer=7)
+    tensors = [t for layer in pool.layers for t in vars(layer).values()]
+    assert sum(t.nbytes for t in tensors) == plan.total_bytes <= 8 << 20
+    small, _, large = (layout.page_bytes for layout in layouts)
+    assert pool.get_contiguous_buf_infos()[2] == [small, small, large]
+    assert pool.layout_of(9) == layouts[2]
+    assert plan.bytes_per_token == (2 * small + large) / 64
+    assert f"{plan.bytes_per_token:,.0f} bytes/token" in plan.describe()
 
 
 def test_limits_and_refusals() -> None:
