@@ -126,7 +126,8 @@ def test_json_from_a_full_pool(
     prompts = []
     for number in range(5):
         record = f"\n\nRecord {number}: {7919 * number} black boxes for Oslo. The record as JSON: "
-        prompts.append(text_ids[:200] + tokenizer(record)["input_ids"])
+        tail = tokenizer(record)["input_ids"]
+        prompts.append(text_ids[: 250 - len(tail)] + tail)  # soon in need of a fifth page
     schema = json.dumps(SCHEMA)
     alone = served.one_by_one(prompts, 100, json_schema=schema)
 
@@ -143,9 +144,9 @@ def test_json_from_a_full_pool(
 
     monkeypatch.setattr(harness.allocator, "alloc_decode", watched)
     harness.run()
-    print(f"least free: {min(free)}")
-    assert min(free) == 0
     results = [harness.result(rid) for rid in rids]
+    print(f"least free: {min(free)}, answers of {sorted(len(r.output_ids) for r in results)}")
+    assert min(free) == 0
     assert sum(result.cached_tokens for result in results) > 5 * 128
     served.assert_same(results, [alone[i] for i in order])
     for result in (*alone, *results):
