@@ -129,8 +129,10 @@ def test_tables(arch: int) -> None:
     assert compile_for(_tables_fwd_kernel, arch, {}, num_warps=4)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_change_of_basis(arch: int) -> None:
-    constants = {"GROUP": 4, "KV_HEADS": 8, "HEAD_DIM": 128}
-    constants |= {"BLOCK_R": 64, "BLOCK_K": 32, "BLOCK_N": 128}
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "rows"), [(80, 128, 64), (90, 128, 64), (89, 80, 16), (90, 256, 16)]
+)
+def test_change_of_basis(arch: int, head_dim: int, rows: int) -> None:
+    constants = {"GROUP": 4, "KV_HEADS": 8, "HEAD_DIM": head_dim}
+    constants |= {"BLOCK_R": rows, "BLOCK_K": 32, "BLOCK_N": 128}
     assert compile_for(_change_qkv_kernel, arch, constants, num_warps=4)

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from compare import logprob_differences
-from test_invariance import count_retractions
 from test_oracle import short_model_path  # noqa: F401
 from transformers import AutoTokenizer
 
@@ -95,11 +94,11 @@ def serve(
             chunked_prefill_size=256,
             constrained_json_disable_any_whitespace=True,
             schedule_conservativeness=0.05,  # fill the pool: requests may have to be retracted
-            **({} if on_gpu else {"dtype": "float32"}),
+            **({"enable_fp32_lm_head": True} if on_gpu else {"dtype": "float32"}),
         )
         assert harness.pool.plan.num_pages == num_pages
         if on_gpu:
-            return Served(harness, 0.5, 0.05)
+            return Served(harness, 1.0, 0.1)
         harness.scheduler.tp_worker.model_runner.model.double()
         return Served(harness, 1e-4, 1e-5)
 
@@ -121,37 +120,33 @@ def test_json_from_a_full_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefix hits while the pool is full and pages change hands; every answer is the idle one."""
-    from sglang.srt.managers import scheduler as scheduler_module
-
     served = serve(num_pages=8, max_running=8)
     harness = served.harness
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     prompts = []
     for number in range(5):
         record = f"\n\nRecord {number}: {7919 * number} black boxes for Oslo. The record as JSON: "
-        prompts.append(text_ids[:200] + tokenizer(record)["input_ids"])
+        tail = tokenizer(record)["input_ids"]
+        prompts.append(text_ids[: 250 - len(tail)] + tail)  # soon in need of a fifth page
     schema = json.dumps(SCHEMA)
     alone = served.one_by_one(prompts, 100, json_schema=schema)
 
     order = [*range(5), *range(5)]
     random.Random(0).shuffle(order)
     rids = [harness.submit(prompts[i], 100, json_schema=schema) for i in order]
-    monkeypatch.setattr(scheduler_module, "TEST_RETRACT", True)
-    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)
-    retracted = count_retractions(harness, monkeypatch)
     free = []
     alloc_decode = harness.allocator.alloc_decode
 
     def watched(*args: Any) -> Any:
+        pages = alloc_decode(*args)
         free.append(harness.allocator.available_size())
-        return alloc_decode(*args)
+        return pages
 
     monkeypatch.setattr(harness.allocator, "alloc_decode", watched)
     harness.run()
-    print(f"least free: {min(free)}, retracted: {len(retracted)}")
-    assert min(free) <= 64  # at most one page was free
-    assert retracted
     results = [harness.result(rid) for rid in rids]
+    print(f"least free: {min(free)}, answers of {sorted(len(r.output_ids) for r in results)}")
+    assert min(free) == 0
     assert sum(result.cached_tokens for result in results) > 5 * 128
     served.assert_same(results, [alone[i] for i in order])
     for result in (*alone, *results):

@@ -27,14 +27,14 @@ def _multiply(
         for k in range(0, HEAD_DIM, BLOCK_K):
             channel = k + tl.arange(0, BLOCK_K)
             inside = channel < HEAD_DIM
-            mask = valid[:, None] & inside[None, :]
-            x = tl.load(source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            x_mask = valid[:, None] & inside[None, :]
+            x = tl.load(source[:, None] + channel[None, :], mask=x_mask, other=0.0).to(tl.float32)
             ptrs = matrix_ptr + channel[:, None] * HEAD_DIM + out_channel[None, :]
-            mask = inside[:, None] & (out_channel < HEAD_DIM)[None, :]
-            matrix = tl.load(ptrs, mask=mask, other=0.0)
+            matrix_mask = inside[:, None] & (out_channel < HEAD_DIM)[None, :]
+            matrix = tl.load(ptrs, mask=matrix_mask, other=0.0)
             total = tl.dot(x, matrix, total, input_precision="tf32x3")
-        mask = valid[:, None] & (out_channel < HEAD_DIM)[None, :]
-        tl.store(target[:, None] + out_channel[None, :], total, mask=mask)
+        out_mask = valid[:, None] & (out_channel < HEAD_DIM)[None, :]
+        tl.store(target[:, None] + out_channel[None, :], total, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=("tokens",))

@@ -49,6 +49,7 @@ class FlashInferAttention:
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, str], list[Any]] = defaultdict(list)
         self._planned: list[Any] = []
+        self._copied: dict[Any, torch.cuda.Event] = {}
         self._device = torch.device(device)
 
     def plan(self, passes: list[AttentionPass]) -> None:
@@ -69,9 +70,15 @@ class FlashInferAttention:
                     **self.shape,
                 )
             self._planned.append(wrapper)
+            self._copied[wrapper] = torch.cuda.Event()
+            self._copied[wrapper].record()
 
     def _next_wrapper(self, step: AttentionPass) -> Any:
-        """A wrapper that no earlier pass of this forward uses."""
+        """A wrapper that this forward does not use yet, and whose last plan has left the host.
+
+        `plan` writes to page-locked memory and starts a copy from there. The host may be forwards
+        ahead of the device, so that the last copy may still have to begin.
+        """
         import flashinfer
 
         is_ragged = step.kv_indices is None
@@ -84,9 +91,9 @@ class FlashInferAttention:
             step.qo_indptr, self.shape["num_qo_heads"], self._device
         )
         wrappers = self._wrappers[cls, backend]
-        unused = [wrapper for wrapper in wrappers if wrapper not in self._planned]
-        if unused:
-            return unused[0]
+        for wrapper in wrappers:
+            if wrapper not in self._planned and self._copied[wrapper].query():
+                return wrapper
         wrappers.append(cls(self._workspace, "NHD", backend=backend))
         return wrappers[-1]
 

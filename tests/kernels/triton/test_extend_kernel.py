@@ -243,3 +243,30 @@ def test_a_bad_row_stays_in_its_sequence(device: str) -> None:
     out, _ = sequences.step([0, 1], [66, 66], quantized=False, max_pages=8)
     assert sequences.num_contained == 2 * 64
     assert out[66:].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_plans_ahead_of_the_device(gpu: str) -> None:
+    """The host plans forwards while the device is still busy with something before them."""
+    head_dim, lens = 64, (70, 300, 130, 1)
+    attention = FlashInferAttention(HEADS * GROUP, HEADS, head_dim, torch.bfloat16, 0.125, gpu)
+    q, k, v = (
+        torch.randn(512, heads, head_dim, device=gpu).bfloat16()
+        for heads in (HEADS * GROUP, HEADS, HEADS)
+    )
+
+    def attend(num_tokens: int) -> torch.Tensor:
+        (step,) = plan_extend([0], [num_tokens], False, 100).passes
+        attention.plan([step])
+        out = torch.empty_like(q[:num_tokens])
+        lse = torch.empty(out.shape[:2], device=gpu)
+        attention.run(0, step, q[:num_tokens], k, v, out, lse)
+        return out
+
+    expected = []
+    for num_tokens in lens:
+        expected.append(attend(num_tokens))
+        torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # about half a second
+    for out, wanted in zip([attend(num_tokens) for num_tokens in lens], expected, strict=True):
+        assert torch.equal(out, wanted)
