@@ -13,6 +13,7 @@ from model_folders import make_model
 from test_extend_kernel import TorchAttention
 
 from sgl_kvq.attention import gpu_backend, torch_backend
+from sgl_kvq.kernels.basis import Chosen, KvqBits, default_basis, save_bases
 
 LENGTHS = (62, 130)
 NEW_TOKENS = 4  # the first request's page is full before its end
@@ -20,12 +21,19 @@ BUDGET = 0.5  # logprobs: bfloat16 is rounded elsewhere, by the interpreter trun
 
 
 @pytest.mark.parametrize(
-    ("name", "prefill", "other"), [("hack2", "exact", "bf16"), ("kvq2", "quantized", "hack2")]
+    ("name", "prefill", "other", "chosen"),
+    [
+        ("hack2", "exact", "bf16", None),
+        ("kvq2", "quantized", "hack2", None),
+        ("kvq2", "quantized", "hack2", [KvqBits(2, 4, 2), KvqBits(4, 5, 4)]),
+    ],
+    ids=["hack2", "kvq2", "kvq2-by-layer"],
 )
 def test_it_serves_what_the_pytorch_backend_does(
     name: str,
     prefill: str,
     other: str,
+    chosen: list[KvqBits] | None,
     device: str,
     model_path: str,
     text_ids: list[int],
@@ -37,6 +45,9 @@ def test_it_serves_what_the_pytorch_backend_does(
     if device != "cpu":
         pytest.skip("tests/serving/test_gpu.py does this with compiled kernels")
     make_model(tmp_path, model_path, "llama", torch.bfloat16)
+    file = tmp_path / "kvq.safetensors" if chosen else None
+    if file is not None and chosen is not None:
+        save_bases(file, [default_basis(64, 2)] * 2, {}, Chosen(name, chosen))
     prompts = [text_ids[i * 300 : i * 300 + n] for i, n in enumerate(LENGTHS)]
 
     def serve(kv_format: str) -> list[Any]:
@@ -44,12 +55,15 @@ def test_it_serves_what_the_pytorch_backend_does(
             str(tmp_path),
             kv_quant=kv_format,
             kv_quant_prefill=prefill,
+            kv_quant_config=str(file) if file is not None and kv_format == name else None,
             kv_quant_memory_gb=0.02,
             chunked_prefill_size=128,
             max_running_requests=3,
         )
         results = harness.generate(prompts, NEW_TOKENS, input_logprobs=True)
         results += harness.generate(prompts[1:], 1)
+        if kv_format == name:
+            assert len(set(harness.pool.plan.layouts)) == (1 if chosen is None else 2)
         assert harness.pool.open_slots.num_used() == 0
         assert int(harness.pool.num_contained) == 0
         return results
