@@ -27,6 +27,8 @@ MEMORY_GB = 0.2
 # SGLang against itself in other batches: see tests/serving/test_control.py.
 LOGPROB_BUDGET = 0.3
 FLOAT64_BUDGET = 1e-4  # logprobs come back in float32
+# The deadline is not what is tested, and two servers on a busy machine may need more.
+PATIENT = ["--kv-quant-transfer-deadline-s", "300"]
 VARIANTS = {
     "bf16": (["--kv-quant", "bf16"], True),
     "hack4": (["--kv-quant", "hack4"], False),
@@ -111,7 +113,7 @@ def test_pd_equals_one_server(
     prompts = make_prompts(text_ids)
     crowd = [text_ids[100 * i : 100 * i + 40 + 23 * i] for i in range(16)]
     common = ["--chunked-prefill-size", "512", "--max-running-requests", "4", "--random-seed", "0"]
-    common += ["--kv-quant-memory-gb", str(MEMORY_GB), "--enable-metrics", *flags]
+    common += ["--kv-quant-memory-gb", str(MEMORY_GB), "--enable-metrics", *PATIENT, *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
     with launch_pd(
         model_path, common, tmp_path, decode_flags=decode_flags, start_timeout_s=START_TIMEOUT_S
@@ -200,7 +202,7 @@ def test_sixteen_at_once_equal_one_server(
     crowd[8:12] = [text_ids[:256] + prompt for prompt in crowd[8:12]]  # with a shared prefix
     flags = ["--kv-quant", kv_format, "--kv-quant-prefill", "quantized", "--dtype", "float32"]
     common = ["--chunked-prefill-size", "256", "--max-running-requests", "4", "--random-seed", "0"]
-    common += ["--kv-quant-memory-gb", "0.02", "--enable-metrics", *flags]
+    common += ["--kv-quant-memory-gb", "0.02", "--enable-metrics", *PATIENT, *flags]
     decode_flags = ["--disaggregation-decode-enable-radix-cache"] if with_radix else []
     with (
         launch_pd(
