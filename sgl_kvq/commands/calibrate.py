@@ -26,6 +26,7 @@ from sgl_kvq.formats.base import FINE_BITS
 from sgl_kvq.kernels.basis import save_bases
 
 ATTENTION_NAME = "kvq_calibrate"
+GPU_TEXTS, CPU_TEXTS = 36, 8
 LOGIT_ROWS = 256  # rows of the [T, vocabulary] logits in memory at once
 
 
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dialogue, and source code that come with Python)",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a text, default: 2048")
-    parser.add_argument("--segments", type=int, default=36, help="texts to run, default: 36")
+    parser.add_argument(
+        "--segments", type=int, help=f"texts to run, default: {GPU_TEXTS}, on a CPU {CPU_TEXTS}"
+    )
     parser.add_argument(
         "--budget-bits",
         type=float,
@@ -63,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the model over the texts and write the bases; goes on where an earlier run stopped."""
-    if args.context % PAGE_SIZE or args.context < 2 * PAGE_SIZE or args.segments < 1:
+    if (
+        args.context % PAGE_SIZE
+        or args.context < 2 * PAGE_SIZE
+        or (args.segments is not None and args.segments < 1)
+    ):
         raise ConfigError(
             f"--context, --segments: expected a multiple of {PAGE_SIZE} from {2 * PAGE_SIZE} on "
             f"and at least 1, got {args.context} and {args.segments}"
@@ -172,7 +179,8 @@ def _texts(args: argparse.Namespace, tokenizer: Any) -> list[torch.Tensor]:
             f"--text: expected at least {args.context} tokens, got {len(ids)}; give more text or a "
             f"smaller --context"
         )
-    count = min(args.segments, available)
+    wanted = args.segments or (CPU_TEXTS if args.device == "cpu" else GPU_TEXTS)
+    count = min(wanted, available)
     starts = [i * available // count * args.context for i in range(count)]
     return [ids[start : start + args.context] for start in starts]
 
