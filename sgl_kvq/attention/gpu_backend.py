@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from sgl_kvq.attention.backend import KvqAttnBackend
 from sgl_kvq.attention.bases import RankBasis
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError, KvqError
+from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.api import PagedLayers, append, close_pages
 from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
@@ -18,7 +20,7 @@ from sgl_kvq.kernels.extend.batch import ExtendBatch, upload_extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.plan import plan_extend
-from sgl_kvq.kernels.paged_cache import PageTable, SlotMaps
+from sgl_kvq.kernels.paged_cache import PagedCache, PageTable, SlotMaps
 from sgl_kvq.kernels.tables.api import DecodeTables
 
 
@@ -51,11 +53,10 @@ class GpuAttnBackend(KvqAttnBackend):
             layer.scaling,
             device,
         )
-        layers = list(zip(self.pool.layers, self.pool.plan.layouts, strict=True))
-        self.paged_layers = {
-            layout: PagedLayers([cache for cache, other in layers if other == layout])
-            for _, layout in layers
-        }
+        caches: dict[PageLayout, list[PagedCache]] = defaultdict(list)
+        for cache, layout in zip(self.pool.layers, self.pool.plan.layouts, strict=True):
+            caches[layout].append(cache)
+        self.paged_layers = {layout: PagedLayers(alike) for layout, alike in caches.items()}
         self.decode_metadata: PageTable | None = None
         self.num_decoded = 0  # layers of the step that is under way
         self.extend_metadata: ExtendBatch | None = None

@@ -101,7 +101,7 @@ def _pick(
     """The larger coding where it gains most, as often as fits; int64 [layers]."""
     num_layers = len(costs)
     room, step = budget_bits - sizes[smaller], sizes[larger] - sizes[smaller]
-    often = num_layers if step * num_layers <= room * num_layers else int(room * num_layers / step)
+    often = num_layers if step <= room else int(room * num_layers / step)
     gain = costs[:, smaller] - costs[:, larger]
     pick = torch.full((num_layers,), smaller)
     pick[gain.argsort(descending=True)[:often]] = larger
