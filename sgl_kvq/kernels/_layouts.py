@@ -123,14 +123,26 @@ def cut_share(coding: CodingSpec, index: int) -> float:
 
 @constexpr_function
 def num_fine_tiles(coding: CodingSpec) -> int:
-    """MMA tiles of 16 bytes that a token's further bits take."""
+    """MMA tiles of 16 columns that a token's further bits take."""
     return -(-coding.fine_bytes // 16)
 
 
 @constexpr_function
-def fine_scale(plane: int) -> float:
+def fine_width(coding: CodingSpec) -> int:
+    """Different bytes in the 16 columns of a fine tile: 4, 8 or 16."""
+    return min(16, max(4, next_power_of_2(coding.fine_bytes)))
+
+
+@constexpr_function
+def num_fine_steps(coding: CodingSpec) -> int:
+    """Products a fine tile takes. Narrow rows stand in it more than once, by plane."""
+    return (8 // _FINE_BITS) * fine_width(coding) // 16
+
+
+@constexpr_function
+def fine_scale(step: int) -> float:
     """What a further bits' field left at its position must be multiplied with, in codes."""
-    return float(2.0 ** (-_FINE_BITS * (plane + 1)))
+    return float(2.0 ** (-_FINE_BITS * (step + 1)))
 
 
 @constexpr_function

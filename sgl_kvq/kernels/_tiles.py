@@ -12,16 +12,20 @@ import triton.language as tl
 
 from sgl_kvq.kernels._gluon import INTERPRET, async_copy, constexpr_function, gl, jit
 from sgl_kvq.kernels._layouts import (
+    FINE_BITS,
+    FINE_PLANES,
     PAGE,
     a_layout,
     b_layout,
     block_layout,
     copy_layout,
     fine_layout,
+    fine_width,
     key_words,
     lane_sum_layout,
     meta_rows,
     mma_layout,
+    num_fine_steps,
     num_groups,
     num_planes,
     padded_dim,
@@ -64,6 +68,26 @@ def upper_bytes(words):
     else:
         return gl.inline_asm_elementwise(
             "shr.u32 $0, $1, 8;", "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2
+        )
+
+
+@jit
+def shift_down(words, bits):
+    """Shift int16 words right by an int32 number of bits, the same for both words of a register.
+
+    The upper bits of the lower word, as many as the shift, are left to be masked.
+    """
+    words, bits = gl.broadcast(words, bits)
+    if INTERPRET:
+        return words >> bits.to(gl.int16)
+    else:
+        return gl.inline_asm_elementwise(
+            "shr.u32 $0, $1, $2;",
+            "=r,r,r,r",
+            [words, bits],
+            dtype=gl.int16,
+            is_pure=True,
+            pack=2,
         )
 
 
@@ -249,24 +273,44 @@ def key_operand(codes, SPEC: tl.constexpr):
 
 @jit
 def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
-    """16 bytes a token of the boosted channels' further bits, as left operand [64 MMA rows, 16].
+    """Further bits of a token's boosted channels, as left operand [64 MMA rows, 16].
 
-    Column k holds byte 2 * (k % 8) + k // 8 in its lower half; what is above it is to be masked.
+    Column k holds byte 2 * (k % 8) + k // 8 in its lower half, shifted until the plane of the first
+    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked.
     """
     FINE: tl.constexpr = SPEC.k.fine_bytes
     tokens = gl.arange(0, PAGE, gl.SliceLayout(1, fine_layout()))
-    word = part * 8 + gl.arange(0, 8, gl.SliceLayout(0, fine_layout()))
+    word = gl.arange(0, 8, gl.SliceLayout(0, fine_layout()))
+    WORDS: tl.constexpr = fine_width(SPEC.k) // 2
+    shift = word // WORDS * (FINE_BITS * num_fine_steps(SPEC.k))
+    word = part * 8 + word % WORDS
     if FINE % 2 == 0:
         words_ptr = fine_ptr.to(gl.pointer_type(gl.int16))
         ptrs = words_ptr + tokens[:, None] * (FINE // 2) + word[None, :]
         even = gl.load(ptrs, mask=(word < FINE // 2)[None, :], other=0)
+        if num_fine_steps(SPEC.k) < FINE_PLANES:
+            even = shift_down(even, shift[None, :])
         odd = upper_bytes(even)
     else:
         ptrs = fine_ptr + tokens[:, None] * FINE + 2 * word[None, :]
         even = gl.load(ptrs, mask=(2 * word < FINE)[None, :], other=0).to(gl.int16)
         odd = gl.load(ptrs + 1, mask=(2 * word + 1 < FINE)[None, :], other=0).to(gl.int16)
+        even = even >> shift[None, :].to(gl.int16)
+        odd = odd >> shift[None, :].to(gl.int16)
     x = gl.permute(gl.reshape(gl.join(even, odd), [4, 2, 2, 2, 2, 8, 2]), [1, 2, 4, 0, 3, 6, 5])
     return gl.convert_layout(gl.reshape(x, [64, 16]), a_layout(), assert_trivial=True)
+
+
+@jit
+def fine_place(byte, part: tl.constexpr, step: tl.constexpr, SPEC: tl.constexpr):
+    """Channel of the further bits that a step takes from byte 0 to 15 of a tile; whether it exists.
+
+    A tile holds `16 // fine_width` copies of a token's bytes, each for planes of its own.
+    """
+    WIDTH: tl.constexpr = fine_width(SPEC.k)
+    plane = byte // WIDTH * num_fine_steps(SPEC.k) + step
+    at = part * 16 + byte % WIDTH
+    return plane * SPEC.k.fine_bytes + at, at < SPEC.k.fine_bytes
 
 
 @jit

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_oracle import oracle_logprobs
 from test_served_basis import offline
+from transformers import AutoConfig
+
+from sgl_kvq.kernels.basis import Chosen, KvqBits, default_basis, save_bases
 
 PROMPT, NEW_TOKENS = 2150, 70
 RAGGED = (450, 333, 64, 120, 1000, 65, 63, 1)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
+
+
+@pytest.fixture
+def two_codings(model_path: str, tmp_path: Path) -> str:
+    """A file that gives every other layer of the model 4 bits."""
+    config = AutoConfig.from_pretrained(model_path)
+    layers = config.num_hidden_layers
+    bases = [default_basis(config.head_dim, config.num_key_value_heads)] * layers
+    bits = [KvqBits(2, 4, 2), KvqBits(4, 5, 4)] * (layers // 2)
+    path = tmp_path / "kvq.safetensors"
+    save_bases(path, bases, {}, Chosen("kvq2", bits))
+    return str(path)
 
 
 def start(start_scheduler: Callable[..., Any], model_path: str, name: str, **more: Any) -> Any:
@@ -58,32 +74,53 @@ def test_logprobs_are_those_of_the_format(
     assert found.mean().abs() < 0.05
 
 
-@pytest.mark.parametrize(("name", "other"), [("kvq4", "kvq2"), ("kvq2", "kvq4")])
+@pytest.mark.parametrize(
+    ("name", "by_layer", "other"),
+    [("kvq4", False, "kvq2"), ("kvq2", False, "kvq4"), ("kvq2", True, "kvq2")],
+    ids=["kvq4", "kvq2", "kvq2-by-layer"],
+)
 def test_logprobs_in_a_basis_of_its_own(
     name: str,
+    by_layer: bool,
     other: str,
     model_path: str,
     text_ids: list[int],
+    two_codings: str,
     start_scheduler: Callable[..., Any],
 ) -> None:
     """As `test_logprobs_are_those_of_the_format`, against the offline reference of kvq."""
-    harness = start(start_scheduler, model_path, name, kv_quant_prefill="quantized")
+    file = two_codings if by_layer else None
+    harness = start(
+        start_scheduler, model_path, name, kv_quant_prefill="quantized", kv_quant_config=file
+    )
+    assert len(set(harness.pool.plan.layouts)) == (2 if by_layer else 1)
     prompt = text_ids[:PROMPT]
     (result,) = harness.generate([prompt], NEW_TOKENS, input_logprobs=True)
     served = torch.tensor(result.input_logprobs + result.output_logprobs)
     sequence = prompt + result.output_ids
-    found, wrong = (served - offline(model_path, sequence, fmt, None) for fmt in (name, other))
+    found = served - offline(model_path, sequence, name, file)
+    wrong = served - offline(model_path, sequence, other, None)
     print(f"{name}: mean {found.abs().mean():.3f}, other format {wrong.abs().mean():.3f}")
     assert found.abs().mean() < 0.75 * wrong.abs().mean()
     assert found.mean().abs() < 0.05
 
 
-@pytest.mark.parametrize("name", ["hack2", "kvq2", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "by_layer"),
+    [("hack2", False), ("kvq2", False), ("bf16", False), ("kvq2", True)],
+    ids=["hack2", "kvq2", "bf16", "kvq2-by-layer"],
+)
 def test_graph_equals_eager_and_nothing_is_lost(
-    name: str, model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+    name: str,
+    by_layer: bool,
+    model_path: str,
+    text_ids: list[int],
+    two_codings: str,
+    start_scheduler: Callable[..., Any],
 ) -> None:
     prompts = [text_ids[i * 700 : i * 700 + n] for i, n in enumerate(RAGGED)]
-    harness = start(start_scheduler, model_path, name)
+    file = two_codings if by_layer else None
+    harness = start(start_scheduler, model_path, name, kv_quant_config=file)
     graph = harness.generate(prompts, 150)
     hits = harness.generate(prompts, 150)
     assert [result.cached_tokens for result in hits] == [(n - 1) // 64 * 64 for n in RAGGED]
@@ -91,7 +128,9 @@ def test_graph_equals_eager_and_nothing_is_lost(
     assert pool.open_slots.num_used() == 0
     assert allocator.available_size() + tree.evictable_size() == pool.size
     assert int(pool.num_contained) == 0
-    harness = start(start_scheduler, model_path, name, disable_decode_cuda_graph=True)
+    harness = start(
+        start_scheduler, model_path, name, kv_quant_config=file, disable_decode_cuda_graph=True
+    )
     eager = harness.generate(prompts, 150)
     for ours, theirs in zip(graph, eager, strict=True):
         assert ours.output_ids == theirs.output_ids

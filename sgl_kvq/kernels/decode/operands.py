@@ -10,13 +10,13 @@ from sgl_kvq.kernels._gluon import (
     jit,
 )
 from sgl_kvq.kernels._layouts import (
-    FINE_PLANES,
     b_layout,
     code_query_layout,
     fine_scale,
     key_words,
     lane_sum_layout,
     mma_layout,
+    num_fine_steps,
     num_fine_tiles,
     num_groups,
     num_planes,
@@ -28,6 +28,7 @@ from sgl_kvq.kernels._layouts import (
 from sgl_kvq.kernels._tiles import (
     channel_of,
     columns_in_order,
+    fine_place,
     key_part,
     split_key_channels,
 )
@@ -89,27 +90,20 @@ def code_queries(
 
 
 @jit
-def fine_channel(part: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr):
-    """Channels, and whether they are boosted, in the columns of a fine operand; see `fine_tile`."""
-    k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
-    byte = part * 16 + 2 * (k % 8) + k // 8
-    return plane * SPEC.k.fine_bytes + byte, byte < SPEC.k.fine_bytes
-
-
-@jit
 def fine_queries(
     q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Right operands for the further bits of boosted key channels, by 16 bytes and plane."""
+    """Right operands for the further bits of boosted key channels, by tile and step."""
     heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
+    k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
     operands = ()
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        for plane in tl.static_range(FINE_PLANES):
-            channel, valid = fine_channel(part, plane, SPEC)
+        for step in tl.static_range(num_fine_steps(SPEC.k)):
+            channel, valid = fine_place(2 * (k % 8) + k // 8, part, step, SPEC)
             ptrs = q_ptr + heads[None, :] * stride_h + channel[:, None]
             mask = valid[:, None] & (heads < GQA)[None, :]
             q = gl.load(ptrs, mask=mask, other=0.0).to(gl.float32)
-            q = q * (inverse_norm[None, :] * fine_scale(plane))
+            q = q * (inverse_norm[None, :] * fine_scale(step))
             operands = operands + (q.to(gl.float16),)
     return operands
 

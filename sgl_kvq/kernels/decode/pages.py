@@ -12,7 +12,6 @@ from sgl_kvq.kernels._gluon import (
 )
 from sgl_kvq.kernels._layouts import (
     FINE_BITS,
-    FINE_PLANES,
     PAGE,
     a_layout,
     b_layout,
@@ -22,6 +21,7 @@ from sgl_kvq.kernels._layouts import (
     is_inside,
     key_code_layout,
     mma_layout,
+    num_fine_steps,
     num_fine_tiles,
     num_groups,
     num_planes,
@@ -36,6 +36,7 @@ from sgl_kvq.kernels._tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,
+    fine_place,
     fine_scale_operand,
     fine_tile,
     first_block,
@@ -65,30 +66,29 @@ def _fetch_fine(head_ptr, SPEC: tl.constexpr):
     They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
 
     Returns:
-        By 16 bytes: the bits as left operand, then the scales [16] by plane. Empty without any.
+        By tile: the bits as left operand, then the scales [16] by step. Empty without any.
     """
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
     byte = gl.arange(0, 16, fine_meta_layout())
     fetched = ()
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
         fetched = fetched + (fine_tile(head_ptr + SPEC.k.fine, part, SPEC),)
-        valid = part * 16 + byte < SPEC.k.fine_bytes
-        for plane in tl.static_range(FINE_PLANES):
-            ptrs = meta_ptr + plane * SPEC.k.fine_bytes + part * 16 + byte
-            fetched = fetched + (gl.load(ptrs, mask=valid, other=0.0),)
+        for step in tl.static_range(num_fine_steps(SPEC.k)):
+            channel, valid = fine_place(byte, part, step, SPEC)
+            fetched = fetched + (gl.load(meta_ptr + channel, mask=valid, other=0.0),)
     return fetched
 
 
 @jit
 def _add_fine(s, fine, q_fine, SPEC: tl.constexpr):
     """Add what the further bits of boosted key channels contribute."""
+    STEPS: tl.constexpr = num_fine_steps(SPEC.k)
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        bits = fine[part * (1 + FINE_PLANES)]
-        for plane in tl.static_range(FINE_PLANES):
-            scales = fine_scale_operand(fine[part * (1 + FINE_PLANES) + 1 + plane].to(gl.float16))
-            s = mma_v2(
-                mask_field(bits, FINE_BITS, plane), q_fine[part * FINE_PLANES + plane] * scales, s
-            )
+        bits = fine[part * (1 + STEPS)]
+        for step in tl.static_range(STEPS):
+            scales = fine_scale_operand(fine[part * (1 + STEPS) + 1 + step].to(gl.float16))
+            q = q_fine[part * STEPS + step] * scales
+            s = mma_v2(mask_field(bits, FINE_BITS, step), q, s)
     return s
 
 
