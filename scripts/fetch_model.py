@@ -23,6 +23,7 @@ def fetch(folder: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     import torch
+    from tokenizers.decoders import ByteLevel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -35,6 +36,9 @@ def fetch(folder: Path) -> Path:
         source = {"gguf_file": Path(gguf).name}
         where = str((Path(scratch) / gguf).parent)
         tokenizer = AutoTokenizer.from_pretrained(where, **source)
+        # The conversion adds SentencePiece's decoders. xgrammar, SGLang's grammar backend on a GPU,
+        # then takes the vocabulary for one of that kind and finds no token with a space in it.
+        tokenizer.backend_tokenizer.decoder = ByteLevel()
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **source)
         part = folder.with_name(folder.name + ".part")
         tokenizer.save_pretrained(part)
