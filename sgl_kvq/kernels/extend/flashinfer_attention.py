@@ -70,7 +70,6 @@ class FlashInferAttention:
                     **self.shape,
                 )
             self._planned.append(wrapper)
-            self._copied[wrapper] = torch.cuda.Event()
             self._copied[wrapper].record()
 
     def _next_wrapper(self, step: AttentionPass) -> Any:
@@ -94,8 +93,10 @@ class FlashInferAttention:
         for wrapper in wrappers:
             if wrapper not in self._planned and self._copied[wrapper].query():
                 return wrapper
-        wrappers.append(cls(self._workspace, "NHD", backend=backend))
-        return wrappers[-1]
+        wrapper = cls(self._workspace, "NHD", backend=backend)
+        self._copied[wrapper] = torch.cuda.Event()  # not recorded yet: nothing to wait for
+        wrappers.append(wrapper)
+        return wrapper
 
     def run(
         self,
