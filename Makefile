@@ -39,7 +39,7 @@ demo-pd: install model
 
 test: install model
 	$(BIN)/python -m pytest -m "not long" $(ALONE:%=--ignore=%) \
-		-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/serving tests
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m "not long" $(ALONE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not long" -n $(WORKERS) tests/kernels/triton
 
