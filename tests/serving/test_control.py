@@ -9,9 +9,8 @@ import torch
 from compare import logprob_differences
 
 # Measured on a CPU: largest difference 0.04, mean 0.0002; SGLang against itself with another chunk
-# size 0.21 and 0.0065, pages of 8 bits 0.31 and 0.0145.
-LOGPROB_BUDGET = 0.25
-MEAN_BUDGET = 0.01
+# size 0.21 and 0.0065, pages of 8 bits 0.31 and 0.0145. On a GPU, two attention kernels differ.
+LOGPROB_BUDGET, MEAN_BUDGET = (0.3, 0.04) if torch.cuda.is_available() else (0.25, 0.01)
 NEW_TOKENS = 12
 
 
