@@ -8,6 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .model/smollm2-135m
 DEMO_ARGS ?=
+# Test processes, of one thread and up to 4 GB each; 0 runs all in one, as a single GPU wants.
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 0 || echo 2)
+# Tests that measure time or talk to servers in other processes have the machine for themselves.
+ALONE := tests/transfer tests/serving/test_metrics.py \
+	tests/benchmarks/test_links.py tests/benchmarks/test_multi_agent.py
 
 .PHONY: install model demo demo-pd test test-long check bench clean
 
@@ -33,11 +38,14 @@ demo-pd: install model
 	$(BIN)/python -m benchmarks.demo_pd $(DEMO_ARGS)
 
 test: install model
-	$(BIN)/python -m pytest -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+	$(BIN)/python -m pytest -m "not long" $(ALONE:%=--ignore=%) \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" $(ALONE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not long" -n $(WORKERS) tests/kernels/triton
 
 test-long: install model
 	$(BIN)/python -m pytest -m long
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m long tests/kernels/triton
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files

@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, servers included
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Spinning OpenMP threads stall each other for milliseconds whenever another process runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -25,6 +27,21 @@ def model_path() -> str:
     from scripts.fetch_model import fetch
 
     return str(fetch(Path(os.environ.get("SGL_KVQ_MODEL", ROOT / ".model" / "smollm2-135m"))))
+
+
+@pytest.fixture(scope="session")
+def short_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real model's embeddings, first three layers and output head."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("three-layers")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

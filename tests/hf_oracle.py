@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,9 +229,9 @@ def _attention(
 AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a model once per folder and dtype."""
+    """Loads a model, or returns that of the call before."""
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
     )

@@ -39,7 +39,8 @@ class SchedulerHarness:
     Args:
         model_path: Hugging Face folder.
         tp_rank: Rank of this process; all ranks are given the same requests in the same order.
-        options: Fields of `ServerArgs`.
+        options: Fields of `ServerArgs`. Without `skip_tokenizer_init=False` it has no tokenizer,
+            half of what a small model's start takes; schemas need one.
     """
 
     def __init__(self, model_path: str, tp_rank: int = 0, **options: Any) -> None:
@@ -55,6 +56,7 @@ class SchedulerHarness:
             **{
                 "random_seed": 0,
                 "skip_server_warmup": True,
+                "skip_tokenizer_init": True,
                 "disable_overlap_schedule": True,
                 "log_level": "warning",
                 **options,

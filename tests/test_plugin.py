@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -57,16 +58,14 @@ print(args.attention_backend, args.page_size, args.kv_quant, ours)
 
 
 def test_flags_are_in_help() -> None:
-    code = """
-from sglang.srt.plugins import load_plugins
-load_plugins()
-import argparse
-from sglang.srt.server_args import ServerArgs
-parser = argparse.ArgumentParser()
-ServerArgs.add_cli_args(parser)
-print(parser.format_help())
-"""
-    text = run_python(code)
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    text = parser.format_help()
     for flag in ("", "-prefill", "-sink-tokens", "-hadamard-block", "-memory-gb"):
         assert f"--kv-quant{flag} " in text
     assert f"{{{','.join(format_names())}}}" in text

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from compare import logprob_differences
 
-# Logits of this model lie between 8 and 32, where bfloat16 steps are 1/16 and 1/8. SGLang against
-# itself with another chunk size: largest difference 0.19, mean 0.031, texts part at gaps of 0.25.
-LOGPROB_BUDGET = 0.3
-MEAN_BUDGET = 0.04
+# Measured on a CPU: largest difference 0.04, mean 0.0002; SGLang against itself with another chunk
+# size 0.21 and 0.0065, pages of 8 bits 0.31 and 0.0145. On a GPU, two attention kernels differ.
+LOGPROB_BUDGET, MEAN_BUDGET = (0.3, 0.04) if torch.cuda.is_available() else (0.25, 0.01)
 NEW_TOKENS = 12
 
 
 def make_prompts(text_ids: list[int]) -> list[list[int]]:
-    """12 prompts: four families with a shared prefix of 200 to 640 tokens, odd lengths."""
+    """6 prompts: two families with a shared prefix of 200 and 511 tokens, odd lengths."""
     prompts = []
-    for family, shared in enumerate((200, 320, 511, 640)):
+    for family, shared in enumerate((200, 511)):
         start = family * 900
         prefix = text_ids[start : start + shared]
         for tail in (1, 64, 130):
@@ -35,15 +34,20 @@ def serve(scheduler: Any, prompts: list[list[int]]) -> tuple[list[Any], list[Any
 
 
 def test_bf16_pages_equal_stock_sglang(
-    model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
+    short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
 ) -> None:
     prompts = make_prompts(text_ids)
-    common = {"chunked_prefill_size": 256, "max_running_requests": 6}
+    common = {
+        "chunked_prefill_size": 256,
+        "max_running_requests": 4,
+        "enable_fp32_lm_head": True,  # 16-bit logits differ by 1/16 at once
+    }
     stock = serve(
-        start_scheduler(model_path, page_size=64, max_total_tokens=12_800, **common), prompts
+        start_scheduler(short_model_path, page_size=64, max_total_tokens=12_800, **common), prompts
     )
     ours = serve(
-        start_scheduler(model_path, kv_quant="bf16", kv_quant_memory_gb=0.28, **common), prompts
+        start_scheduler(short_model_path, kv_quant="bf16", kv_quant_memory_gb=0.03, **common),
+        prompts,
     )
     difference = torch.cat(
         [
@@ -51,8 +55,9 @@ def test_bf16_pages_equal_stock_sglang(
             for results, expected in zip(ours[:2], stock[:2], strict=True)
         ]
     )
+    print(f"mean {difference.mean():.4f}, largest {difference.max():.3f}")
     assert difference.max() < LOGPROB_BUDGET
     assert difference.mean() < MEAN_BUDGET
     # The second round really was served from the radix tree, as much as stock serves from its own.
     assert [r.cached_tokens for r in ours[1]] == [r.cached_tokens for r in stock[1]]
-    assert sum(r.cached_tokens for r in ours[1]) > 5000
+    assert sum(r.cached_tokens for r in ours[1]) > 2000

@@ -1,8 +1,9 @@
 """`--kv-quant-prefill quantized`: the result is a function of the token sequence alone.
 
-Checked with the real model in float64: there two ways of computing the same thing differ by 1e-15,
-far too little to round a 16-bit row or a code the other way, so any difference is one of logic. (In
-bfloat16 and float32 such a flip happens now and then, and 2-bit codes amplify it.)
+Checked with the real model's first layers in float64: there two ways of computing the same thing
+differ by 1e-15, far too little to round a 16-bit row or a code the other way, so any difference is
+one of logic. (In bfloat16 and float32 such a flip happens now and then, and 2-bit codes amplify
+it.)
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def assert_same(results: list[Any], expected: list[Any]) -> None:
 
 
 def test_chunks_hits_batches_and_retraction(
-    model_path: str,
+    short_model_path: str,
     text_ids: list[int],
     start_scheduler: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = [text_ids[i * 1100 : i * 1100 + n] for i, n in enumerate(LENGTHS)]
     harness = start_scheduler(
-        model_path,
+        short_model_path,
         kv_quant="hack2",
         kv_quant_prefill="quantized",
         kv_quant_memory_gb=0.15,

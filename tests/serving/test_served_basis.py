@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_oracle import serve, short_model_path  # noqa: F401
+from test_oracle import serve
 
 from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.teacher import Teacher
@@ -15,13 +15,13 @@ from sgl_kvq.__main__ import main
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.basis import layer_formats
 
-PROMPT, DECODED = 700, 70
+PROMPT, DECODED = 330, 70
 NUM_LAYERS = 3  # of the short model
 
 
 @pytest.fixture(scope="module")
 def config_files(
-    short_model_path: str,  # noqa: F811
+    short_model_path: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str | None]:
     """By what a file says: nothing without a file, the bases, or the bases and other bits."""
@@ -51,7 +51,7 @@ def test_served_equals_offline(
     name: str,
     file: str,
     other: str,
-    short_model_path: str,  # noqa: F811
+    short_model_path: str,
     config_files: dict[str, str | None],
     text_ids: list[int],
     start_scheduler: Callable[..., Any],

@@ -12,7 +12,7 @@ from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.extend import flashinfer_attention
 
 
-@pytest.mark.parametrize("name", ["kvq2", "hack2", "bf16"])
+@pytest.mark.parametrize("name", ["kvq2", "bf16", pytest.param("hack2", marks=pytest.mark.long)])
 def test_the_figures_of_the_check_command(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,10 +210,20 @@ def check(
     assert (lse.cpu() - torch.cat([e[1] for e in expected])).abs().max() < 16 * 2**-8
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("max_pages", [4, 100])
-@pytest.mark.parametrize("name", ["hack2", "saw4"])
-def test_ragged_chunks(name: str, quantized: bool, max_pages: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "max_pages", "quantized"),
+    [
+        ("hack2", 4, True),
+        ("hack2", 100, False),
+        ("saw4", 4, False),
+        ("saw4", 100, True),
+        pytest.param("hack2", 4, False, marks=pytest.mark.long),
+        pytest.param("hack2", 100, True, marks=pytest.mark.long),
+        pytest.param("saw4", 4, True, marks=pytest.mark.long),
+        pytest.param("saw4", 100, False, marks=pytest.mark.long),
+    ],
+)
+def test_ragged_chunks(name: str, max_pages: int, quantized: bool, device: str) -> None:
     """Fresh, resumed and cached sequences in one batch, in one pass and in many."""
     sequences = Sequences(name, 64, [330, 70, 150], device)
     check(sequences, [0, 1], [320, 5], quantized, max_pages)
