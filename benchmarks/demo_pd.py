@@ -6,6 +6,7 @@ Starts a prefill instance, a decode instance and the router for each format, let
 `benchmarks.agents` work, and reads from the prefill instance's metrics what went over the wire.
 One server of the same format that does both then scores the answers as the demo does: the share
 of their tokens that it would have chosen at the same place. Prints a table, writes `demo_pd.json`.
+A CPU without bfloat16 instructions computes in float32; what is cached and shipped stays the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 from benchmarks.agents import Request, Workload, WorkloadSizes
 from benchmarks.pd import START_TIMEOUT_S, launch_pd, launch_router, transfer_metrics
 from benchmarks.records import git_commit
-from benchmarks.servers import ServerError, hardware_name, launch_server
+from benchmarks.servers import ServerError, dtype_flags, hardware_name, launch_server
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 
 SIZES = WorkloadSizes(
@@ -59,7 +60,7 @@ def run_format(model: Path, out: Path, kv_format: str, console: Console) -> Run:
     from transformers import AutoTokenizer
 
     workload = Workload(AutoTokenizer.from_pretrained(model), SIZES)
-    flags = ["--kv-quant", kv_format, *FLAGS]
+    flags = ["--kv-quant", kv_format, *FLAGS, *dtype_flags()]
     folder = out / f"pd-{kv_format}"
     console.rule(f"[bold]{kv_format}")
     decode_flags = ["--disaggregation-decode-enable-radix-cache"]
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sglang_version": version("sglang"),
         "router_version": version("sglang-router"),
         "sizes": asdict(SIZES),
+        "dtype_flags": dtype_flags(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "runs": [asdict(run) for run in runs],

@@ -118,6 +118,20 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
+def dtype_flags() -> list[str]:
+    """Make the model compute in float32 on a CPU without bfloat16 instructions.
+
+    There 16 bits take ten times as long. Only for `--kv-quant`, whose pages stay what they are;
+    stock SGLang would keep its KV in 32 bits, too.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    known = Path("/proc/cpuinfo").read_text().split()
+    return [] if "avx512_bf16" in known or "amx_bf16" in known else ["--dtype", "float32"]
+
+
 def free_port() -> int:
     """Return a TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as sock:

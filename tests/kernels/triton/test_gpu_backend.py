@@ -26,8 +26,9 @@ BUDGET = 0.5  # logprobs: bfloat16 is rounded elsewhere, by the interpreter trun
         ("hack2", "exact", "bf16", None),
         ("kvq2", "quantized", "hack2", None),
         ("kvq2", "quantized", "hack2", [KvqBits(2, 4, 2), KvqBits(4, 5, 4)]),
+        pytest.param("saw4", "quantized", "hack2", None, marks=pytest.mark.long),
     ],
-    ids=["hack2", "kvq2", "kvq2-by-layer"],
+    ids=["hack2", "kvq2", "kvq2-by-layer", "saw4"],
 )
 def test_it_serves_what_the_pytorch_backend_does(
     name: str,
