@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.agents import QUESTION_TOKENS, Request, Workload, WorkloadSizes, summarize
 from benchmarks.kv_memory import PAGE_SIZE, STOCK, ModelShape, kv_flags, system_flags
 from benchmarks.records import git_commit
-from benchmarks.servers import Server, ServerError, hardware_name, launch_server
+from benchmarks.servers import Server, ServerError, dtype_flags, hardware_name, launch_server
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 
 mpl.use("Agg")
@@ -131,6 +131,11 @@ class Demo:
             f"{self.kv_bytes / 2**20:.1f} MiB of KV memory, "
             f"{self.kv_bytes // self._shape.bytes_per_token:,} tokens in 16 bits"
         )
+        if dtype_flags():
+            self._console.print(
+                "this CPU has no bfloat16 instructions: models compute in float32; stock SGLang "
+                "gets as many tokens as fit in 16 bits"
+            )
 
     def run(self, kv_format: str) -> Run:
         """Serve one format, let the agents work, score the answers."""
@@ -141,7 +146,7 @@ class Demo:
             log_path = self._out / f"server-{kv_format}.log"
             with launch_server(
                 self._model,
-                [*COMMON_FLAGS, *flags],
+                [*COMMON_FLAGS, *dtype_flags(), *flags],
                 log_path,
                 on_wait=lambda waited_s: status.update(f"starting the server, {waited_s:.0f} s"),
             ) as server:
@@ -280,6 +285,7 @@ def write_json(demo: Demo, model: Path, path: Path) -> None:
         "model": str(model),
         "kv_bytes": demo.kv_bytes,
         "device": hardware_name(),
+        "dtype_flags": dtype_flags(),
         "sglang_version": version("sglang"),
         "sizes": asdict(demo.sizes) | {"working_set_tokens": demo.sizes.working_set_tokens},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -121,8 +121,8 @@ def cpu_name() -> str:
 def dtype_flags() -> list[str]:
     """Make the model compute in float32 on a CPU without bfloat16 instructions.
 
-    There 16 bits take ten times as long. Only for `--kv-quant`, whose pages stay what they are;
-    stock SGLang would keep its KV in 32 bits, too.
+    There 16 bits take ten times as long. Pages of `--kv-quant` stay what they are; stock SGLang
+    then keeps its KV in 32 bits, so give it a number of tokens, not of bytes.
     """
     import torch
 

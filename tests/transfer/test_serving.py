@@ -18,7 +18,7 @@ from proxy import Proxy
 from scheduler_harness import Result
 
 from benchmarks.pd import START_TIMEOUT_S, Cluster, launch_pd, transfer_metrics
-from benchmarks.servers import Launch, free_port, launch_servers
+from benchmarks.servers import Launch, dtype_flags, free_port, launch_servers
 
 pytestmark = pytest.mark.long
 
@@ -110,6 +110,7 @@ def test_pd_equals_one_server(
     start_scheduler: Callable[..., Any],
 ) -> None:
     flags, with_radix = VARIANTS[variant]
+    flags = [*flags, *dtype_flags()]
     prompts = make_prompts(text_ids)
     crowd = [text_ids[100 * i : 100 * i + 40 + 23 * i] for i in range(16)]
     common = ["--chunked-prefill-size", "512", "--max-running-requests", "4", "--random-seed", "0"]
@@ -138,8 +139,7 @@ def test_pd_equals_one_server(
         assert answer.output_ids == expected.output_ids, len(prompt)
         assert answer.output_logprobs == expected.output_logprobs, len(prompt)
     assert known.output_ids == answers[-1].output_ids
-    # The batches of a crowd differ from run to run, and with them the last bits of bfloat16, which
-    # codes amplify.
+    # The batches of a crowd differ from run to run, and with them last bits, which codes amplify.
     assert all(len(answer.output_ids) == NEW_TOKENS for answer in crowd_answers)
     if variant == "bf16":
         expected_crowd = scheduler.generate(crowd, NEW_TOKENS)
