@@ -1,0 +1,19 @@
+"""The model that `make demo` and the tests fetch."""
+
+from __future__ import annotations
+
+import xgrammar
+from transformers import AutoTokenizer
+
+
+def test_grammars_find_tokens_with_a_space(model_path: str) -> None:
+    """`{"city":` must be followed by a space when no other whitespace is allowed."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer)
+    schema = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
+    grammar = xgrammar.GrammarCompiler(info).compile_json_schema(schema, any_whitespace=False)
+    matcher = xgrammar.GrammarMatcher(grammar)
+    assert matcher.accept_string('{"city":')
+    bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+    matcher.fill_next_token_bitmask(bitmask)
+    assert bitmask.any()
