@@ -19,12 +19,15 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.decode_bounds import few_pages, load_only
-from benchmarks.kernel_harness import copy_gbps, num_copies, time_interleaved, write_results
+from benchmarks.kernel_harness import (
+    copy_gbps,
+    named_format,
+    num_copies,
+    time_interleaved,
+    write_results,
+)
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import QuantFormat
-from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.reference import encode_pages
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
@@ -36,11 +39,6 @@ SHAPES = (
 )
 SINK_TOKENS = 4
 _SAMPLE_PAGES = 64  # distinct contents; a pool repeats them
-
-
-def find_format(name: str) -> QuantFormat:
-    """A format of `--kv-quant`, or K:BOOSTED:V, a coding that `calibrate --budget-bits` chooses."""
-    return kvq_format("kvq2", *map(int, name.split(":"))) if ":" in name else get_format(name)
 
 
 def make_cache(layout: PageLayout, num_pages: int, batch: int) -> PagedCache:
@@ -76,7 +74,7 @@ def ours(
     name: str, batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int
 ) -> tuple[dict[str, Callable[[int], Any]], int, int]:
     """Calls by name, bytes of closed pages a call reads, copies they rotate among."""
-    layout = PageLayout(find_format(name), head_dim, num_kv_heads)
+    layout = PageLayout(named_format(name), head_dim, num_kv_heads)
     num_pages = batch * -(-length // PAGE_SIZE)
     read_bytes = num_pages * layout.page_bytes
     copies = num_copies(read_bytes)
@@ -150,7 +148,7 @@ def measure(
             call, own = flashinfer_call(*shape, page=page, fp8=fp8)
             calls["fp8" if fp8 else "bf16"] = _modulo(call, own)
         times = time_interleaved(calls, copies)
-        coding = find_format(name)
+        coding = named_format(name)
         us = times["ours"].p50
         row: dict[str, Any] = {
             "format": name, "bits_k": coding.k.num_bits, "bits_v": coding.v.num_bits,

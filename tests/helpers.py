@@ -6,24 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.kernel_harness import named_format
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import QuantFormat
-from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.reference import encode_pages
 from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
 from sgl_kvq.kernels.pages import decode_keys, decode_values
 
 CHOSEN_BITS = ("4:2:2", "2:16:2", "2:5:4", "4:16:4")
 """Members of the kvq family that only a calibrated file asks for: K, boosted sixteenths, V."""
-
-
-def named_format(name: str) -> QuantFormat:
-    """Look a registered format or one like those of `CHOSEN_BITS` up."""
-    if ":" in name:
-        return kvq_format("kvq2", *map(int, name.split(":")))
-    return get_format(name)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import named_format, random_rows
+from helpers import random_rows
 
+from benchmarks.kernel_harness import named_format
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import SHRUNK, Coding
 from sgl_kvq.formats.page_layout import PageLayout

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import triton
-from helpers import named_format
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from benchmarks.kernel_harness import named_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels._page_spec import PageSpec, page_spec
 from sgl_kvq.kernels._rotation import _rotate_fwd_kernel

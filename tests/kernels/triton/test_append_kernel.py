@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import CHOSEN_BITS, named_format, random_rows
+from helpers import CHOSEN_BITS, random_rows
 
+from benchmarks.kernel_harness import named_format
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import named_format, random_rows, relative_error
+from helpers import random_rows, relative_error
 
+from benchmarks.kernel_harness import named_format
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names
