@@ -276,7 +276,8 @@ def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
     """Further bits of a token's boosted channels, as left operand [64 MMA rows, 16].
 
     Column k holds byte 2 * (k % 8) + k // 8 in its lower half, shifted until the plane of the first
-    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked.
+    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked. Columns
+    without a channel hold bytes of what follows; they meet queries of zero.
     """
     FINE: tl.constexpr = SPEC.k.fine_bytes
     tokens = gl.arange(0, PAGE, gl.SliceLayout(1, fine_layout()))
@@ -287,14 +288,14 @@ def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
     if FINE % 2 == 0:
         words_ptr = fine_ptr.to(gl.pointer_type(gl.int16))
         ptrs = words_ptr + tokens[:, None] * (FINE // 2) + word[None, :]
-        even = gl.load(ptrs, mask=(word < FINE // 2)[None, :], other=0)
+        even = gl.load(ptrs)
         if num_fine_steps(SPEC.k) < FINE_PLANES:
             even = shift_down(even, shift[None, :])
         odd = upper_bytes(even)
     else:
         ptrs = fine_ptr + tokens[:, None] * FINE + 2 * word[None, :]
-        even = gl.load(ptrs, mask=(2 * word < FINE)[None, :], other=0).to(gl.int16)
-        odd = gl.load(ptrs + 1, mask=(2 * word + 1 < FINE)[None, :], other=0).to(gl.int16)
+        even = gl.load(ptrs).to(gl.int16)
+        odd = gl.load(ptrs + 1).to(gl.int16)
         even = even >> shift[None, :].to(gl.int16)
         odd = odd >> shift[None, :].to(gl.int16)
     x = gl.permute(gl.reshape(gl.join(even, odd), [4, 2, 2, 2, 2, 8, 2]), [1, 2, 4, 0, 3, 6, 5])

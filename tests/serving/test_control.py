@@ -43,7 +43,14 @@ def test_bf16_pages_equal_stock_sglang(
         "enable_fp32_lm_head": True,  # 16-bit logits differ by 1/16 at once
     }
     stock = serve(
-        start_scheduler(short_model_path, page_size=64, max_total_tokens=12_800, **common), prompts
+        start_scheduler(
+            short_model_path,
+            page_size=64,
+            max_total_tokens=12_800,
+            attention_backend="flashinfer" if torch.cuda.is_available() else None,
+            **common,
+        ),
+        prompts,
     )
     ours = serve(
         start_scheduler(short_model_path, kv_quant="bf16", kv_quant_memory_gb=0.03, **common),

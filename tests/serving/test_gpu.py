@@ -45,7 +45,15 @@ def start(start_scheduler: Callable[..., Any], model_path: str, name: str, **mor
 
 @pytest.mark.parametrize(
     ("name", "other", "share"),
-    [("bf16", "hack4", 0.6), ("hack4", "hack2", 0.5), ("hack2", "hack4", 0.75)],
+    [
+        ("bf16", "hack4", 0.6),
+        ("hack4", "hack2", 0.5),
+        ("hack2", "hack4", 0.75),
+        ("kivi2", "kivi4", 0.75),
+        ("kivi4", "kivi2", 0.5),
+        ("saw4", "hack2", 0.5),
+        ("int4", "hack2", 0.5),
+    ],
 )
 def test_logprobs_are_those_of_the_format(
     name: str,
@@ -107,8 +115,8 @@ def test_logprobs_in_a_basis_of_its_own(
 
 @pytest.mark.parametrize(
     ("name", "by_layer"),
-    [("hack2", False), ("kvq2", False), ("bf16", False), ("kvq2", True)],
-    ids=["hack2", "kvq2", "bf16", "kvq2-by-layer"],
+    [("hack2", False), ("saw4", False), ("kvq2", False), ("bf16", False), ("kvq2", True)],
+    ids=["hack2", "saw4", "kvq2", "bf16", "kvq2-by-layer"],
 )
 def test_graph_equals_eager_and_nothing_is_lost(
     name: str,

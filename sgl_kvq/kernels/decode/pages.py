@@ -66,7 +66,8 @@ def _fetch_fine(head_ptr, SPEC: tl.constexpr):
     They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
 
     Returns:
-        By tile: the bits as left operand, then the scales [16] by step. Empty without any.
+        By tile: the bits as left operand, then the scales [16] by step. Empty without any. Where no
+        channel is, the scales are another's or minima: finite, and they meet queries of zero.
     """
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
     byte = gl.arange(0, 16, fine_meta_layout())
@@ -74,8 +75,8 @@ def _fetch_fine(head_ptr, SPEC: tl.constexpr):
     for part in tl.static_range(num_fine_tiles(SPEC.k)):
         fetched = fetched + (fine_tile(head_ptr + SPEC.k.fine, part, SPEC),)
         for step in tl.static_range(num_fine_steps(SPEC.k)):
-            channel, valid = fine_place(byte, part, step, SPEC)
-            fetched = fetched + (gl.load(meta_ptr + channel, mask=valid, other=0.0),)
+            channel, _exists = fine_place(byte, part, step, SPEC)
+            fetched = fetched + (gl.load(meta_ptr + channel),)
     return fetched
 
 
