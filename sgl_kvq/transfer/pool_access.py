@@ -192,10 +192,10 @@ class CpuPoolAccess(PoolAccess):
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
         """As the base."""
         source = self.payload(header, payload)
-        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
+        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         if header.kind is BlockKind.PAGES:
-            columns = self.columns(heads, self.head_bytes(header))
+            columns = self.columns(heads, source.shape[2] // heads.count)
             run = run_of(place)
             where = place if run is None else run
             for array, values in zip(self._pages[layers], source, strict=True):

@@ -40,10 +40,11 @@ class Ticket:
     """
 
     def __init__(self, on_failure: Callable[[str], None]) -> None:
-        self.lock = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
         self.over = False
         self._ending = False
         self._writers = 0
+        self._drained = threading.Condition(self.lock)
         self._on_failure = on_failure
 
     def fail(self, reason: str) -> bool:
@@ -52,8 +53,7 @@ class Ticket:
         Whatever it returns, nobody is in `write` any more and nobody will be.
         """
         with self.lock:
-            self._ending = True
-            self.lock.wait_for(lambda: not self._writers)
+            self._drain()
             if self.over:
                 return False
             self.over = True
@@ -72,9 +72,13 @@ class Ticket:
     def forget(self) -> None:
         """End the transfer, if it is not over, and tell nobody; as `fail`, after every write."""
         with self.lock:
-            self._ending = True
-            self.lock.wait_for(lambda: not self._writers)
+            self._drain()
             self.over = True
+
+    def _drain(self) -> None:
+        self._ending = True
+        while self._writers:
+            self._drained.wait()
 
     def write(self, step: Callable[[], None]) -> None:
         """Run something only if the transfer is not over; several threads may at the same time."""
@@ -87,7 +91,8 @@ class Ticket:
         finally:
             with self.lock:
                 self._writers -= 1
-                self.lock.notify_all()
+                if self._ending:
+                    self._drained.notify_all()
 
     def advance(self, step: Callable[[], None]) -> None:
         """Run something only if the transfer is not over."""
