@@ -95,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for block_kb in BLOCK_KB:
             row = measure(pair, bare, block_kb, args.helpers, args.repeats, command)
             rows.append(row)
+            write_csv(args.out, [asdict(row) for row in rows])
             print(
                 f"{row.block_bytes / 1024:7.0f} KiB  ours {row.ours_mb_s:7.0f} MB/s  "
                 f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}  "
                 f"bare, cold {row.bare_cold_mb_s:7.0f} MB/s  {row.share_of_cold:.0%}",
                 flush=True,
             )
-    write_csv(args.out, [asdict(row) for row in rows])
     return 0
 
 

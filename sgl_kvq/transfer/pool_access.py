@@ -195,9 +195,8 @@ class CpuPoolAccess(PoolAccess):
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         if header.kind is BlockKind.PAGES:
+            where = run_of(place) or place
             columns = self.columns(heads, source.shape[2] // heads.count)
-            run = run_of(place)
-            where = place if run is None else run
             for array, values in zip(self._pages[layers], source, strict=True):
                 array[where, columns] = values
             return
