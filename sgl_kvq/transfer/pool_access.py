@@ -193,13 +193,13 @@ class CpuPoolAccess(PoolAccess):
         """As the base."""
         source = self.payload(header, payload)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
-        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
+        first = header.first_head - self.heads.first
+        end = first + header.num_heads
         if header.kind is BlockKind.PAGES:
-            where = run_of(place) or place
-            columns = self.columns(heads, source.shape[2] // heads.count)
+            width = source.shape[2] // header.num_heads
+            where, columns = run_of(place) or place, slice(first * width, end * width)
             for array, values in zip(self._pages[layers], source, strict=True):
                 array[where, columns] = values
             return
-        part = heads.within(self.heads)
         for array, values in zip(self._rows[header.kind][layers], source, strict=True):
-            array[place[0], :, : header.num_rows, part] = values
+            array[place[0], :, : header.num_rows, first:end] = values
