@@ -188,7 +188,8 @@ def measure_agents(link: Link, model: Path, keys: Path, folder: Path, command: s
                 folder / name,
                 prefill_flags=["--kv-quant-transfer-host", ADDRESSES[0]],
                 prefill_host=ADDRESSES[0],
-                prefill_prefix=("ip", "netns", "exec", NAMESPACE),
+                # SGLang looks for its own address on a route that the namespace lacks.
+                prefill_prefix=(*INSIDE, "env", f"SGLANG_HOST_IP={ADDRESSES[0]}"),
             ) as cluster:
                 with launch_router(cluster, folder / name / "router.log") as router:
                     answers = workload.run(router, lambda request: None, flush=False)
