@@ -1,34 +1,33 @@
 """Loopback speed of block transfers against a bare pyzmq loop with the same block sizes.
 
-Usage: python -m benchmarks.bench_wire [--repeats 5] [--out benchmarks/results/cpu/wire.csv]
+Usage: python -m benchmarks.bench_wire [--repeats 5] [--helpers N] [--out FILE.csv]
 
-Two processes on one machine. The bare loop sends one prepared buffer over and over (ROUTER to
-DEALER, multipart, zero-copy on both sides, nothing done with it). Ours reads every block from a
-pool, hashes it, sends it, hashes it again and writes it to another pool, checksums on. Both are
-measured in turns; rows give the median.
+Two processes on one machine. Ours reads every block from a pool of 264 MB, its pages in random
+order, hashes it, sends it, hashes it again and writes it to another pool, checksums on. The bare
+loop (`benchmarks.bare_wire`) does nothing with a block and has the same window; `bare` sends one
+block's memory again and again, `bare_cold` walks over as much memory as ours. Each repeat measures
+all three one after the other, the first round warms up, rows give medians. `share` is ours to
+`bare`.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import zmq
-
+from benchmarks.bare_wire import BareLoop, bare_loop
 from benchmarks.records import command_line, git_commit, write_csv
-from benchmarks.servers import cpu_name, free_port
+from benchmarks.servers import cpu_name
 from benchmarks.wire_ends import EndSpec, WirePair, wire_pair
+from sgl_kvq.transfer.helpers import default_helpers
 
 NUM_PAGES = 192
 BLOCK_KB = (64, 256, 1024, 4096)
 WINDOW_BYTES = 32 * 2**20
-HEADER = bytes(80)
 
 
 @dataclass(frozen=True)
@@ -36,67 +35,40 @@ class Row:
     """One block size; field names are the columns."""
 
     block_bytes: int
+    helpers: int
     ours_mb_s: float
     bare_mb_s: float
+    bare_cold_mb_s: float
     share: float
+    share_of_cold: float
     repeats: int
     machine: str
     commit: str
     command: str
 
 
-def _receive_bare(endpoint: str) -> None:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.ROUTING_ID, b"bare")
-        socket.rcvhwm = 0
-        socket.connect(endpoint)
-        socket.send(b"ready")
-        while len(socket.recv_multipart(copy=False)) == 3:
-            socket.send(b"a")  # as ours, an acknowledgement a block
-
-
-def time_bare(block_bytes: int, count: int) -> float:
-    """Seconds the bare loop takes for `count` blocks."""
-    payload = memoryview(bytearray(block_bytes))
-    in_flight = max(1, WINDOW_BYTES // block_bytes)
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
-    # Forked before this process has any ZeroMQ context; a spawned one would import for seconds.
-    receiver = multiprocessing.get_context("fork").Process(target=_receive_bare, args=(endpoint,))
-    receiver.start()
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        socket.sndhwm = 0
-        socket.bind(endpoint)
-        identity, _ = socket.recv_multipart()
-        began = time.perf_counter()
-        sent = acknowledged = 0
-        while acknowledged < count:
-            while sent < count and sent - acknowledged < in_flight:
-                socket.send_multipart([identity, b"B", HEADER, payload], copy=False)
-                sent += 1
-            socket.recv_multipart()
-            acknowledged += 1
-            while acknowledged < sent and socket.poll(0):
-                socket.recv_multipart()
-                acknowledged += 1
-        seconds = time.perf_counter() - began
-        socket.send_multipart([identity, b"end"])
-        receiver.join(10)
-    return seconds
-
-
-def measure(pair: WirePair, block_kb: int, repeats: int, command: str) -> Row:
-    """Measure one block size; the first round warms up."""
-    ours, bare = [], []
+def measure(
+    pair: WirePair, bare: BareLoop, block_kb: int, helpers: int, repeats: int, command: str
+) -> Row:
+    """Measure one block size."""
+    speeds: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
-        ours.append(pair.total_bytes / pair.transfer(block_kb * 1024))
-        mean_bytes = pair.total_bytes // pair.num_blocks
-        bare.append(mean_bytes * pair.num_blocks / time_bare(mean_bytes, pair.num_blocks))
-    mine, theirs = (statistics.median(speeds[1:]) / 1e6 for speeds in (ours, bare))
+        ours = pair.total_bytes / pair.transfer(block_kb * 1024)
+        count = pair.num_blocks
+        mean_bytes = pair.total_bytes // count
+        sent = mean_bytes * count
+        hot = sent / bare.transfer(mean_bytes, count)
+        cold = sent / bare.transfer(mean_bytes, count, pair.total_bytes)
+        speeds.append((ours, hot, cold))
+    ours, hot, cold = (statistics.median(column) / 1e6 for column in zip(*speeds[1:], strict=True))
     return Row(
         block_bytes=mean_bytes,
-        ours_mb_s=round(mine, 1),
-        bare_mb_s=round(theirs, 1),
-        share=round(mine / theirs, 3),
+        helpers=helpers,
+        ours_mb_s=round(ours, 1),
+        bare_mb_s=round(hot, 1),
+        bare_cold_mb_s=round(cold, 1),
+        share=round(ours / hot, 3),
+        share_of_cold=round(ours / cold, 3),
         repeats=repeats,
         machine=cpu_name(),
         commit=git_commit(),
@@ -108,20 +80,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all sizes and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--helpers",
+        type=int,
+        default=default_helpers(),
+        help="threads at each end that copy and hash (%(default)s here)",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/wire.csv"))
     args = parser.parse_args(argv)
     command = command_line("bench_wire", sys.argv[1:] if argv is None else argv)
     rows = []
-    with wire_pair(EndSpec("hack2", NUM_PAGES, WINDOW_BYTES)) as pair:
+    spec = EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, helpers=args.helpers)
+    with bare_loop(WINDOW_BYTES) as bare, wire_pair(spec) as pair:
         for block_kb in BLOCK_KB:
-            rows.append(measure(pair, block_kb, args.repeats, command))
-            row = rows[-1]
+            row = measure(pair, bare, block_kb, args.helpers, args.repeats, command)
+            rows.append(row)
+            write_csv(args.out, [asdict(row) for row in rows])
             print(
                 f"{row.block_bytes / 1024:7.0f} KiB  ours {row.ours_mb_s:7.0f} MB/s  "
-                f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}",
+                f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}  "
+                f"bare, cold {row.bare_cold_mb_s:7.0f} MB/s  {row.share_of_cold:.0%}",
                 flush=True,
             )
-    write_csv(args.out, [asdict(row) for row in rows])
     return 0
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, cut_pages
 from sgl_kvq.transfer.decode_link import DecodeThread
 from sgl_kvq.transfer.gpu_access import open_pool
 from sgl_kvq.transfer.handshake import make_fingerprint
+from sgl_kvq.transfer.helpers import default_helpers
 from sgl_kvq.transfer.inbound import InTransfer
 from sgl_kvq.transfer.link import LinkState
 from sgl_kvq.transfer.options import TransferConfig
@@ -46,6 +47,7 @@ class EndSpec:
         host: Address the sending end listens on.
         keys: Folder of CURVE keys, or None on loopback.
         sender_namespace: Network namespace of the sending end, None for this one.
+        helpers: Threads beside each end's transfer thread.
     """
 
     format: str
@@ -54,6 +56,7 @@ class EndSpec:
     host: str = "127.0.0.1"
     keys: Path | None = None
     sender_namespace: str | None = None
+    helpers: int = field(default_factory=default_helpers)
 
     def config(self) -> TransferConfig:
         """Options of either end."""
@@ -62,6 +65,7 @@ class EndSpec:
             keys=self.keys,
             window_bytes=self.window_bytes,
             deadline_s=120,
+            helpers=self.helpers,
         )
 
 

@@ -154,6 +154,6 @@ def _cut_layers(num_layers: int, layer_bytes: int, block_bytes: int) -> Iterator
 def run_of(pages: PageIds) -> slice | None:
     """Pages that follow each other in the pool, as a slice of it; None if they do not."""
     first, count = int(pages[0]), len(pages)
-    if int(pages[-1]) - first != count - 1 or (count > 2 and (np.diff(pages) != 1).any()):
+    if count > 1 and (int(pages[-1]) - first != count - 1 or (np.diff(pages) != 1).any()):
         return None
     return slice(first, first + count)

@@ -159,8 +159,7 @@ class KvqSender(_Poller, CommonKVSender):
 
     def clear(self) -> None:
         """Forget the request; a decode instance that still waits is told."""
-        with self.ticket.lock:
-            self.ticket.over = True
+        self.ticket.forget()
         self.kv_mgr.thread.close_room(
             self.bootstrap_room, self.ticket, "the prefill instance dropped the request"
         )
@@ -241,8 +240,7 @@ class KvqReceiver(_Poller, CommonKVReceiver):
 
     def clear(self) -> None:
         """Forget the request."""
-        with self.ticket.lock:
-            self.ticket.over = True
+        self.ticket.forget()
         self._close("the decode instance dropped the request")
         self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
         CommonKVReceiver.clear(self)

@@ -154,7 +154,7 @@ class DecodeThread(TransferThread):
         self._close_room(endpoints, transfer.room, transfer.nonce, transfer.ticket, reason)
 
     def receive(self, socket: zmq.Socket[bytes]) -> None:
-        """As the base, then acknowledge all blocks together."""
+        """As the base, then acknowledge all blocks that are written together."""
         link = self._connections.by_socket.get(socket)
         if link is None:
             return
@@ -163,7 +163,7 @@ class DecodeThread(TransferThread):
             self._on_disconnect(link)
             return
         super().receive(socket)
-        self._flush(link)
+        self._settle_link(link)
 
     def _on_disconnect(self, link: Link) -> None:
         """The next tick connects anew: ZeroMQ itself gives up after a damaged stream."""
@@ -188,25 +188,46 @@ class DecodeThread(TransferThread):
         part = link.parts.get(header.room)
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
-        part.last_sign = time.monotonic()
-        try:
-            fresh = part.accept(header, payload)
-        except ChecksumError:
-            self.metrics.checksum_failures.inc()
-            part.nacks.append(header.seq)
-            return
-        part.acks.append(header.seq)
-        if fresh:
-            closed = header.kind is BlockKind.PAGES
-            self.metrics.count_block(
-                header.kind,
-                len(payload),
-                header.num_pages * header.num_layers * header.num_heads if closed else 0,
-                self.access.num_layers * self.access.heads.count,
-            )
+        part.last_sign = link.last_heard
+        landing = part.begin(header, payload)
+        link.landings.append(landing)
+        if not landing.done:
+            self.helpers.run(landing, len(payload))
+
+    def settle(self) -> None:
+        """As the base."""
+        for link in self.links.values():
+            self._settle_link(link)
+
+    def _settle_link(self, link: Link) -> None:
+        """Answer for blocks in order: the other side takes one that was left out for lost."""
+        while link.landings and link.landings[0].done:
+            landing = link.landings.popleft()
+            part, header = landing.part, landing.header
+            try:
+                fresh = part.settle(landing)
+            except ChecksumError:
+                self.metrics.checksum_failures.inc()
+                part.nacks.append(header.seq)
+            except KvqError as error:
+                self.count_refused(error)
+            else:
+                part.acks.append(header.seq)
+                if fresh:
+                    self._count(header)
+        self._flush(link)
+
+    def _count(self, header: BlockHeader) -> None:
+        closed = header.kind is BlockKind.PAGES
+        self.metrics.count_block(
+            header.kind,
+            header.wire_bytes,
+            header.num_pages * header.num_layers * header.num_heads if closed else 0,
+            self.access.num_layers * self.access.heads.count,
+        )
 
     def _flush(self, link: Link) -> None:
-        """Send what the last round gathered: damaged blocks first, then whole ones."""
+        """Send what was gathered: damaged blocks first, then whole ones."""
         for part in list(link.parts.values()):
             room, nonce = part.transfer.room, part.transfer.nonce
             if part.nacks:
@@ -215,7 +236,7 @@ class DecodeThread(TransferThread):
             if part.acks:
                 self._send(link, Ack(room, nonce, part.acks))
                 part.acks = []
-            if part.complete:
+            if part.complete and not part.said_done:
                 self._finish(link, part)
 
     def _finish(self, link: Link, part: InPart) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
 import zmq
 
 from sgl_kvq.transfer.blocks import HeadRange
-from sgl_kvq.transfer.inbound import InPart
+from sgl_kvq.transfer.inbound import InPart, Landing
 from sgl_kvq.transfer.thread import Ticket
 
 
@@ -30,6 +31,7 @@ class Link:
         identity: Routing id; kept over reconnects, so that the prefill rank knows who it is.
         waiting: Nonce and ticket of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
+        landings: Blocks that are verified and written, in order of arrival.
         finished: Nonce of rooms that ended well, in case the last message is lost.
     """
 
@@ -47,6 +49,7 @@ class Link:
     last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, Ticket, float]] = field(default_factory=dict)
     parts: dict[int, InPart] = field(default_factory=dict)
+    landings: deque[Landing] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -89,7 +89,7 @@ class Links:
         self.close(link)
         fresh = self._connect(link.endpoint, link.identity)
         fresh.waiting, fresh.parts, fresh.finished = link.waiting, link.parts, link.finished
-        fresh.instance = link.instance
+        fresh.landings, fresh.instance = link.landings, link.instance
         fresh.last_heard = link.last_heard
 
     def say_hello(self, link: Link) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Optional  # SGLang's parser reads these annotations at run time
 
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.host import NS, Arg
 from sgl_kvq.transfer.codecs import codec_names, get_codec
+from sgl_kvq.transfer.helpers import default_helpers
 from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES
 
 TRANSFER_BACKEND = "kvq-zmq"
@@ -83,6 +84,7 @@ class TransferConfig:
         window_bytes: Unacknowledged bytes for one decode instance.
         block_bytes: Size a block is filled up to.
         codec: Name of a wire codec.
+        helpers: Threads beside the transfer thread that copy and hash; a GPU's pool takes none.
 
     Raises:
         ConfigError: a value is out of range, or an open address has no keys.
@@ -96,6 +98,7 @@ class TransferConfig:
     window_bytes: int = 32 * 2**20
     block_bytes: int = 4 * 2**20
     codec: str = "identity"
+    helpers: int = field(default_factory=default_helpers)
 
     def __post_init__(self) -> None:
         get_codec(self.codec)

@@ -8,9 +8,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from sgl_kvq.transfer.blocks import Block, HeadRange
+from sgl_kvq.transfer.codecs import WireCodec
+from sgl_kvq.transfer.helpers import Job
 from sgl_kvq.transfer.messages import Request
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.send_buffers import Bytes, SendBuffers
 from sgl_kvq.transfer.thread import Ticket
+from sgl_kvq.transfer.wire import BlockKind, Buffer, payload_checksum
 
 MAX_TRIES = 5
 MAX_ROOMS_A_PEER = 4096
@@ -25,6 +29,57 @@ class Flight:
     buffer: Bytes | None
 
 
+class Reading(Job):
+    """A block on its way from the pool to the socket: its payload is copied and hashed.
+
+    Args:
+        outbound: Whose it is.
+        seq: Its number.
+        ticket: Of the request.
+        access: The pool.
+        codec: Applied to the payload.
+        buffers: Where to take memory from that it is copied to.
+
+    Attributes:
+        nbytes: Of the payload before the codec; they count as in flight from now on.
+        buffer: Where it is copied to; None if it is sent from where it lies.
+        payload: As sent.
+        checksum: Of `payload`.
+    """
+
+    def __init__(
+        self,
+        outbound: Outbound,
+        seq: int,
+        ticket: Ticket,
+        access: PoolAccess,
+        codec: WireCodec,
+        buffers: SendBuffers,
+    ) -> None:
+        super().__init__()
+        self.outbound, self.seq, self.ticket = outbound, seq, ticket
+        self._access, self._codec = access, codec
+        self.block = block = outbound.room.blocks[seq]
+        self.buffer: Bytes | None = None
+        if block.kind is BlockKind.METADATA:
+            self.payload: Buffer = block.data
+        elif (view := access.view(block, outbound.heads)) is not None:
+            self.payload = view.data
+        else:
+            nbytes = access.payload_bytes(block, outbound.heads)
+            self.buffer = buffers.take(nbytes)
+            self.payload = self.buffer[:nbytes].data
+        self.nbytes = len(self.payload)
+        self.checksum = 0
+
+    def work(self) -> None:
+        """As the base."""
+        if self.buffer is not None:
+            self._access.read(self.block, self.outbound.heads, self.buffer[: self.nbytes])
+        self.payload = self._codec.encode(self.payload)
+        self.checksum = payload_checksum([self.payload])
+
+
 @dataclass
 class Peer:
     """A decode rank that passed the handshake.
@@ -33,18 +88,18 @@ class Peer:
         identity: Routing id of its connection.
         instance: Drawn by its process.
         reachable: Whether ZeroMQ still has a connection to it.
-        bytes_sent: All that ever left, over all its rooms.
-        bytes_in_flight: Of these, not acknowledged.
+        bytes_in_flight: Sent and not acknowledged, or about to be sent.
         turn: Rooms with something to send, the next one first.
+        readings: Blocks about to be sent, in order.
     """
 
     identity: bytes
     instance: int
     reachable: bool = True
-    bytes_sent: int = 0
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
     turn: deque[Outbound] = field(default_factory=deque)
+    readings: deque[Reading] = field(default_factory=deque)
 
 
 class Outbound:
@@ -69,17 +124,14 @@ class Outbound:
         self.flights: dict[int, Flight] = {}  # in order of sending
         self.tries: dict[int, int] = {}
         self.acked: set[int] = set()
-        self.done = False
+        self.reading: set[int] = set()
+        self.done = self.dropped = False
         self.enqueue(range(len(room.blocks)))
 
     def enqueue(self, seqs: range | list[int]) -> None:
         """Queue blocks that are neither queued, in flight nor acknowledged."""
-        queued = set(self.pending)
-        fresh = [
-            seq
-            for seq in seqs
-            if seq not in queued and seq not in self.acked and seq not in self.flights
-        ]
+        known = self.acked.union(self.pending, self.reading, self.flights)
+        fresh = [seq for seq in seqs if seq not in known]
         if fresh and self not in self.peer.turn:
             self.peer.turn.append(self)
         self.pending.extend(fresh)
@@ -88,7 +140,6 @@ class Outbound:
         """Note that a block left, and the buffer that it lies in."""
         self.flights[seq] = Flight(next(self._order), wire_bytes, buffer)
         self.tries[seq] = self.tries.get(seq, 0) + 1
-        self.peer.bytes_sent += wire_bytes
         self.peer.bytes_in_flight += wire_bytes
 
     def acknowledge(self, seqs: list[int]) -> list[int]:
@@ -138,6 +189,7 @@ class Outbound:
         for seq in list(self.flights):
             self._land(seq)
         self.pending.clear()
+        self.dropped = True
         if self in self.peer.turn:
             self.peer.turn.remove(self)
 

@@ -24,13 +24,19 @@ class PoolAccess(ABC):
     Args:
         pool: The pool of this rank.
         heads: KV heads it holds.
+
+    Attributes:
+        shareable: Whether several threads may read and write blocks at the same time.
     """
+
+    shareable = False
 
     def __init__(self, pool: QuantizedKVPool, heads: HeadRange) -> None:
         self.pool = pool
         self.heads = heads
         self.layout = pool.layout
         self.num_layers = pool.plan.num_layers
+        self._head_bytes = [layout.head_bytes for layout in pool.plan.layouts]
 
     def fence(self) -> list[Any]:
         """CUDA events after everything that is queued now; none in main memory."""
@@ -93,14 +99,14 @@ class PoolAccess(ABC):
         Raises:
             WireError: it is not the same.
         """
-        layers = slice(block.first_layer, block.first_layer + block.num_layers)
-        sizes = {layout.head_bytes for layout in self.pool.plan.layouts[layers]}
-        if len(sizes) != 1:
+        first, end = block.first_layer, block.first_layer + block.num_layers
+        sizes = self._head_bytes[first:end]
+        if not sizes or sizes.count(sizes[0]) != len(sizes):
             raise WireError(
-                f"block of layers {layers.start} to {layers.stop}: expected pages of one size, got "
-                f"{sorted(sizes)} bytes a head"
+                f"block of layers {first} to {end}: expected pages of one size, got "
+                f"{sorted(set(sizes))} bytes a head"
             )
-        return sizes.pop()
+        return sizes[0]
 
     def columns(self, heads: HeadRange, width: int) -> slice:
         """Bytes of a page row that hold these heads of `width` bytes each."""
@@ -137,6 +143,8 @@ class PoolAccess(ABC):
 
 class CpuPoolAccess(PoolAccess):
     """A pool in main memory, as arrays of bytes: NumPy copies whole rows, PyTorch elements."""
+
+    shareable = True
 
     def __init__(self, pool: QuantizedKVPool, heads: HeadRange) -> None:
         super().__init__(pool, heads)
@@ -184,15 +192,14 @@ class CpuPoolAccess(PoolAccess):
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
         """As the base."""
         source = self.payload(header, payload)
-        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
+        first = header.first_head - self.heads.first
+        end = first + header.num_heads
         if header.kind is BlockKind.PAGES:
-            columns = self.columns(heads, self.head_bytes(header))
-            run = run_of(place)
-            where = place if run is None else run
+            width = source.shape[2] // header.num_heads
+            where, columns = run_of(place) or place, slice(first * width, end * width)
             for array, values in zip(self._pages[layers], source, strict=True):
                 array[where, columns] = values
             return
-        part = heads.within(self.heads)
         for array, values in zip(self._rows[header.kind][layers], source, strict=True):
-            array[place[0], :, : header.num_rows, part] = values
+            array[place[0], :, : header.num_rows, first:end] = values

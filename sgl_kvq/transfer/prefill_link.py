@@ -80,6 +80,7 @@ class PrefillThread(TransferThread):
             self.socket,
             access,
             self._buffers,
+            self.helpers,
             config,
             self.digest,
             self.metrics,
@@ -319,6 +320,11 @@ class PrefillThread(TransferThread):
     def work(self) -> bool:
         """Send a few blocks."""
         return self._pump.send_some(self.peers.values())
+
+    def settle(self) -> None:
+        """As the base."""
+        for peer in self.peers.values():
+            self._pump.send_read(peer)
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if peer.reachable:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 
 import zmq
 
-from sgl_kvq.transfer.blocks import Block, HeadRange
 from sgl_kvq.transfer.codecs import get_codec
+from sgl_kvq.transfer.helpers import Helpers
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.outbound import Outbound, OutRoom, Peer
-from sgl_kvq.transfer.pool_access import Bytes, PoolAccess
+from sgl_kvq.transfer.outbound import OutRoom, Peer, Reading
+from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.send_buffers import SendBuffers
-from sgl_kvq.transfer.thread import BLOCK, Ticket
-from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, payload_checksum
+from sgl_kvq.transfer.thread import BLOCK
+from sgl_kvq.transfer.wire import BlockHeader, pack_header
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Pump:
         socket: ROUTER socket of the prefill rank.
         access: Its pool.
         buffers: What blocks are read into; `Outbound` gives them back.
+        helpers: Threads that read and hash.
         config: Window and codec.
         digest: Fingerprint for the headers.
         metrics: Where to count.
@@ -44,6 +45,7 @@ class Pump:
         socket: zmq.Socket[bytes],
         access: PoolAccess,
         buffers: SendBuffers,
+        helpers: Helpers,
         config: TransferConfig,
         digest: int,
         metrics: TransferMetrics,
@@ -54,52 +56,82 @@ class Pump:
         self._window_bytes = config.window_bytes
         self._codec = get_codec(config.codec)
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
-        self._buffers = buffers
+        self._buffers, self._helpers = buffers, helpers
 
     def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few blocks to each peer; True if one has more that fits its window."""
         more = False
         for peer in peers:
-            enough = peer.bytes_sent + ROUND_BYTES
-            while peer.bytes_sent < enough:
-                if not self._send_next(peer):
-                    break
-            else:
-                more = True
+            share = ROUND_BYTES
+            while share > 0 and (nbytes := self._read_next(peer)) is not None:
+                share -= nbytes
+                self.send_read(peer)
+            more |= share <= 0
         return more
 
-    def _send_next(self, peer: Peer) -> bool:
-        """Send the next block of a peer; False if there is none or its window is full."""
-        while peer.turn and not peer.turn[0].pending:
-            peer.turn.popleft()
-        window_full = peer.bytes_in_flight >= self._window_bytes
-        if not peer.turn or window_full or not peer.reachable:
-            return False
-        outbound = peer.turn[0]
-        peer.turn.rotate(-1)
-        seq = outbound.pending.popleft()
-        out = outbound.room
-        if out.ticket is None or out.ticket.over:
-            return True
-        try:
-            self._send(out, outbound, seq, out.ticket)
-        except zmq.ZMQError as error:
-            peer.reachable = False
-            outbound.pending.appendleft(seq)
-            logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
-            return False
-        except Exception as error:
-            logger.exception("kvq-zmq: block %d of room %d", seq, out.room)
-            self._fail(out, f"block {seq} cannot be sent: {error}")
-        return True
+    def _read_next(self, peer: Peer) -> int | None:
+        """Begin with a peer's next block; its bytes, None if none is left or the window is full."""
+        while peer.turn and peer.reachable and peer.bytes_in_flight < self._window_bytes:
+            outbound = peer.turn[0]
+            if not outbound.pending:
+                peer.turn.popleft()
+                continue
+            peer.turn.rotate(-1)
+            seq, out = outbound.pending.popleft(), outbound.room
+            if out.ticket is None or out.ticket.over:
+                continue
+            try:
+                reading = Reading(
+                    outbound, seq, out.ticket, self._access, self._codec, self._buffers
+                )
+            except Exception as error:
+                self._give_up(out, seq, error)
+                continue
+            outbound.reading.add(seq)
+            peer.bytes_in_flight += reading.nbytes
+            peer.readings.append(reading)
+            self._helpers.run(reading, reading.nbytes)
+            return reading.nbytes
+        return None
 
-    def _send(self, out: OutRoom, outbound: Outbound, seq: int, ticket: Ticket) -> None:
-        block, heads = out.blocks[seq], outbound.heads
-        raw, buffer = self._read(block, heads)
-        payload = self._codec.encode(raw)
-        checksum = payload_checksum([payload])
-        if ticket.over:
-            return  # the pages may have been given to another request before they were hashed
+    def send_read(self, peer: Peer) -> None:
+        """Send what has been read and hashed, in order."""
+        while peer.readings and peer.readings[0].done:
+            reading = peer.readings.popleft()
+            outbound, seq = reading.outbound, reading.seq
+            peer.bytes_in_flight -= reading.nbytes
+            outbound.reading.discard(seq)
+            sent = False
+            try:
+                sent = self._send(reading)
+            except zmq.ZMQError as error:
+                peer.reachable = False
+                outbound.enqueue([seq])
+                logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
+            except Exception as error:
+                self._give_up(outbound.room, seq, error)
+            if not sent and reading.buffer is not None:
+                self._buffers.give(reading.buffer)
+
+    def _give_up(self, out: OutRoom, seq: int, error: Exception) -> None:
+        logger.error("kvq-zmq: block %d of room %d", seq, out.room, exc_info=error)
+        self._fail(out, f"block {seq} cannot be sent: {error}")
+
+    def _send(self, reading: Reading) -> bool:
+        """Send a block; False if nobody waits for it any more.
+
+        Raises:
+            zmq.ZMQError: the peer is not connected.
+            Exception: it could not be read.
+        """
+        outbound, seq = reading.outbound, reading.seq
+        out, heads = outbound.room, outbound.heads
+        # Over: the pages may have been given to another request before they were hashed.
+        if reading.ticket.over or outbound.dropped or seq in outbound.acked:
+            return False
+        if reading.error is not None:
+            raise reading.error
+        block, payload = reading.block, reading.payload
         header = BlockHeader(
             kind=block.kind,
             codec=self._codec.id,
@@ -114,16 +146,16 @@ class Pump:
             first_head=heads.first,
             num_heads=heads.count,
             num_rows=block.num_rows,
-            raw_bytes=len(raw),
+            raw_bytes=reading.nbytes,
             wire_bytes=len(payload),
-            checksum=checksum,
+            checksum=reading.checksum,
         )
         for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
             self._socket.send(frame, _MORE)
         self._socket.send(payload, _LAST, copy=False)
-        outbound.sent(seq, len(payload), buffer)
+        outbound.sent(seq, len(payload), reading.buffer)
         if out.bytes_sent == 0:
-            ticket.advance(lambda: self._on_sending(out.room))
+            reading.ticket.advance(lambda: self._on_sending(out.room))
         out.bytes_sent += len(payload)
         self._metrics.count_block(
             block.kind,
@@ -131,15 +163,4 @@ class Pump:
             block.num_pages * block.num_layers * heads.count,
             self._access.num_layers * self._access.heads.count,
         )
-
-    def _read(self, block: Block, heads: HeadRange) -> tuple[Buffer, Bytes | None]:
-        """A block's payload, and the buffer it was read into; None if it lies in the pool."""
-        if block.kind is BlockKind.METADATA:
-            return block.data, None
-        view = self._access.view(block, heads)
-        if view is not None:
-            return view.data, None
-        nbytes = self._access.payload_bytes(block, heads)
-        buffer = self._buffers.take(nbytes)
-        self._access.read(block, heads, buffer[:nbytes])
-        return buffer[:nbytes].data, buffer
+        return True

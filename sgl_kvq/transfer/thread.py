@@ -15,6 +15,7 @@ import zmq
 
 from sgl_kvq.errors import KvqError
 from sgl_kvq.transfer.handshake import digest
+from sgl_kvq.transfer.helpers import Helpers
 from sgl_kvq.transfer.messages import MAX_MESSAGE_BYTES, Fingerprint
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
@@ -32,7 +33,7 @@ _NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's flags are an enum, whose operators are sl
 
 
 class Ticket:
-    """One request's state, written by both threads; nothing happens to it once it is over.
+    """One request's state, written by several threads; nothing happens to it once it is over.
 
     Args:
         on_failure: Called with the reason, once, unless the transfer succeeded before.
@@ -41,11 +42,18 @@ class Ticket:
     def __init__(self, on_failure: Callable[[str], None]) -> None:
         self.lock = threading.Lock()
         self.over = False
+        self._ending = False
+        self._writers = 0
+        self._drained = threading.Condition(self.lock)
         self._on_failure = on_failure
 
     def fail(self, reason: str) -> bool:
-        """End the transfer with a reason; False if it was over already."""
+        """End the transfer with a reason; False if it was over already.
+
+        Whatever it returns, nobody is in `write` any more and nobody will be.
+        """
         with self.lock:
+            self._drain()
             if self.over:
                 return False
             self.over = True
@@ -53,13 +61,38 @@ class Ticket:
             return True
 
     def finish(self, on_success: Callable[[], None]) -> bool:
-        """End the transfer well; False if it was over already."""
+        """End the transfer well, with every write behind it; False if it was over already."""
         with self.lock:
             if self.over:
                 return False
             on_success()
             self.over = True
             return True
+
+    def forget(self) -> None:
+        """End the transfer, if it is not over, and tell nobody; as `fail`, after every write."""
+        with self.lock:
+            self._drain()
+            self.over = True
+
+    def _drain(self) -> None:
+        self._ending = True
+        while self._writers:
+            self._drained.wait()
+
+    def write(self, step: Callable[[], None]) -> None:
+        """Run something only if the transfer is not over; several threads may at the same time."""
+        with self.lock:
+            if self.over or self._ending:
+                return
+            self._writers += 1
+        try:
+            step()
+        finally:
+            with self.lock:
+                self._writers -= 1
+                if self._ending:
+                    self._drained.notify_all()
 
     def advance(self, step: Callable[[], None]) -> None:
         """Run something only if the transfer is not over."""
@@ -97,6 +130,8 @@ class TransferThread(threading.Thread):
         self.poller.register(self._wake, zmq.POLLIN)
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
+        self._settling = False
+        self.helpers = Helpers(config.helpers if access.shareable else 0, self._on_job_done)
 
     def post(self, command: Callable[[], None]) -> None:
         """Run a command in this thread soon; may be called from any thread."""
@@ -126,6 +161,7 @@ class TransferThread(threading.Thread):
     def run(self) -> None:
         """Loop until `stop`."""
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        self.helpers.start()
         next_tick = next_alive = time.monotonic()
         try:
             while not self._stopping.is_set():
@@ -148,6 +184,7 @@ class TransferThread(threading.Thread):
                     next_alive = now + ALIVE_S
         finally:
             self._guard(self.close)
+            self.helpers.stop()
             os.close(self._wake)
             self.context.destroy(linger=0)
 
@@ -158,6 +195,20 @@ class TransferThread(threading.Thread):
         except Exception:
             logger.exception("kvq-zmq: a step of the transfer thread failed")
 
+    def _on_job_done(self) -> None:
+        """In a helper: one `settle` for all jobs that are done when it begins."""
+        if not self._settling:
+            self._settling = True
+            self.post(self._settle)
+
+    def _settle(self) -> None:
+        self._settling = False
+        self.settle()
+
+    def settle(self) -> None:
+        """Go on with blocks that helpers have worked on."""
+        raise NotImplementedError
+
     def receive(self, socket: zmq.Socket[bytes]) -> None:
         """Take a bounded number of messages from a readable socket; bad ones are dropped."""
         with suppress(zmq.Again):
@@ -166,8 +217,12 @@ class TransferThread(threading.Thread):
                 try:
                     self.on_frames(socket, frames)
                 except KvqError as error:
-                    self.metrics.refused.inc()
-                    logger.debug("kvq-zmq: message dropped: %s", error)
+                    self.count_refused(error)
+
+    def count_refused(self, error: KvqError) -> None:
+        """Note a message or block that makes no sense."""
+        self.metrics.refused.inc()
+        logger.debug("kvq-zmq: message dropped: %s", error)
 
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         """Handle one message.

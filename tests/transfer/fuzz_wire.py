@@ -80,7 +80,10 @@ def fuzz_blocks(data: bytes) -> None:
         fields |= {"raw_bytes": len(payload)} if fields["codec"] == 0 else {}
         header = wire.parse_header(wire.pack_header(wire.BlockHeader(**fields)))
         try:
-            target.accept(header, payload)
+            landing = target.begin(header, payload)
+            if not landing.done:
+                landing.run()
+            target.settle(landing)
         except WireError:
             continue
     for now, before in zip(outside(), UNTOUCHED, strict=True):

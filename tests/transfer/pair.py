@@ -244,6 +244,23 @@ def assert_equal(
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 
+def ship(
+    prefill: PrefillSide, decode: DecodeSide, room: int, num_tokens: int, first: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One whole transfer; returns the pages on both sides."""
+    sent = take_pages(prefill.pool, num_tokens, first)
+    got = take_pages(decode.pool, num_tokens, first + 20)
+    out = prefill.open(room)
+    result = decode.announce(room, [prefill.endpoint])
+    decode.start(room, got)
+    prefill.send(room, sent, num_tokens)
+    wait_for(lambda: bool(out.result and result.result))
+    assert (out.result, result.result) == ("success", "success"), (out.reason, result.reason)
+    prefill.close(room)
+    decode.close(room)
+    return sent, got
+
+
 @contextmanager
 def stopped(*sides: PrefillSide | DecodeSide) -> Iterator[None]:
     """Stop the threads at the end, whatever happens."""

@@ -16,11 +16,12 @@ import zmq
 from pair import DecodeSide, Outcome, PrefillSide, assert_equal, stopped, take_pages, wait_for
 from proxy import Proxy
 
+from sgl_kvq.transfer import helpers
 from sgl_kvq.transfer.messages import Ack, Done, Hello, Nack, Request, pack_message
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, pack_header, parse_header
 
-CONFIG = TransferConfig(deadline_s=6.0, block_bytes=16384, window_bytes=131072)
+CONFIG = TransferConfig(deadline_s=6.0, block_bytes=16384, window_bytes=131072, helpers=2)
 NUM_TOKENS = 1000
 
 
@@ -60,11 +61,14 @@ class Lab:
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """With helpers for full blocks and without for others, and no thread left behind."""
+    monkeypatch.setattr(helpers, "HELPED_BYTES", 12_000)
     lab = Lab()
     with stopped(lab.prefill, lab.decode, lab.direct):
         yield lab
         lab.proxy.close()
+    assert not any(thread.name.startswith("kvq-") for thread in threading.enumerate())
 
 
 def flip(data: bytes) -> bytes:

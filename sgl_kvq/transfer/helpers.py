@@ -1,0 +1,91 @@
+"""Threads that copy and hash large blocks beside the transfer thread.
+
+NumPy's copies and xxHash let other Python threads run while they work on a large block (xxHash from
+version 3.6 or 4 on, by package), so blocks are worked on side by side. A small block costs less
+than handing it over.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+HELPED_BYTES = 128 * 2**10
+"""Blocks from this size on are worth handing over."""
+
+
+def default_helpers() -> int:
+    """Three on a machine with cores to spare: ZeroMQ's and the transfer thread need two."""
+    return max(0, min(3, len(os.sched_getaffinity(0)) - 2))
+
+
+class Job:
+    """A piece of work on one block; `error` says why it came to nothing.
+
+    The transfer thread makes it, one thread runs it, and the transfer thread looks at it again once
+    it is `done`.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Do the work; never raises."""
+        try:
+            self.work()
+        except Exception as error:
+            self.error = error
+        self.done = True
+
+    def work(self) -> None:
+        """The work itself, in any thread."""
+        raise NotImplementedError
+
+
+class Helpers:
+    """A few threads with a short queue; whoever finds it full does the work itself.
+
+    Args:
+        count: Threads, 0 for none.
+        on_done: Called in a helper after each job.
+    """
+
+    def __init__(self, count: int, on_done: Callable[[], None]) -> None:
+        self._count, self._on_done = count, on_done
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        for _ in range(self._count):
+            thread = threading.Thread(target=self._run, name="kvq-transfer-helper", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def run(self, job: Job, nbytes: int) -> None:
+        """Run a job here, or let a helper do it if it is large and one will have time soon.
+
+        Args:
+            job: The job.
+            nbytes: Of its block.
+        """
+        if nbytes >= HELPED_BYTES and self._queue.qsize() < len(self._threads):
+            self._queue.put(job)
+        else:
+            job.run()
+
+    def stop(self) -> None:
+        """Finish what is queued and end the threads."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            job.run()
+            self._on_done()

@@ -1,0 +1,81 @@
+"""What both ends must have in common before anything is sent."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import zmq
+from pair import (
+    DecodeSide,
+    PrefillSide,
+    fingerprint,
+    make_pool,
+    stopped,
+    wait_for,
+)
+
+from sgl_kvq.errors import TransferError
+from sgl_kvq.transfer.handshake import check_fingerprint
+from sgl_kvq.transfer.link import LinkState
+from sgl_kvq.transfer.messages import Hello, Refuse, pack_message, parse_message
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.wire import WIRE_VERSION
+
+CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"weights": "other"}, "weights: prefill same, decode other"),
+        ({"format_name": "hack4"}, "format: prefill hack2, decode hack4"),
+    ],
+)
+def test_handshake_names_both_values(other: dict[str, str], words: str) -> None:
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG, **other)
+    with stopped(prefill, decode):
+        prefill.open(1)
+        result = decode.announce(1, [prefill.endpoint])
+        wait_for(lambda: bool(result.result))
+        assert words in result.reason
+        assert decode.thread.link_state(prefill.endpoint)[0] is LinkState.REFUSED
+
+
+def test_handshake_compares_everything() -> None:
+    """Every field that one side has otherwise, or not at all, is named with both values."""
+    mine = fingerprint(make_pool())
+    expected = {"format", "page size", "prefill mode", "head_dim", "KV heads", "layers", "weights"}
+    assert expected <= set(mine)
+    check_fingerprint(mine, dict(mine))
+    for name, value in mine.items():
+        with pytest.raises(TransferError, match=re.escape(f"{name}: prefill {value}, decode 7x")):
+            check_fingerprint(mine, mine | {name: "7x"})
+        with pytest.raises(
+            TransferError, match=re.escape(f"{name}: prefill unset, decode {value}")
+        ):
+            check_fingerprint({k: v for k, v in mine.items() if k != name}, mine)
+
+
+def test_handshake_compares_every_layer() -> None:
+    mine, other = fingerprint(make_pool("chosen")), fingerprint(make_pool("kvq2"))
+    assert mine["format"] == other["format"] == "kvq2"
+    with pytest.raises(
+        TransferError, match=r"K coding: prefill by layer, digest .*, decode Coding"
+    ):
+        check_fingerprint(mine, other)
+
+
+def test_another_wire_version_is_refused_with_both_versions() -> None:
+    prefill = PrefillSide(CONFIG)
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    with stopped(prefill), socket:
+        socket.connect(prefill.endpoint)
+        hello = Hello(WIRE_VERSION + 1, 1, prefill.thread.fingerprint)
+        socket.send_multipart([b"C", pack_message(hello)])
+        assert socket.poll(5000)
+        answer = parse_message(socket.recv_multipart()[1])
+        assert isinstance(answer, Refuse)
+        assert f"prefill {WIRE_VERSION}, decode {WIRE_VERSION + 1}" in answer.reason
+        assert not prefill.thread.peers
