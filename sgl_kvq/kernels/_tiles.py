@@ -276,8 +276,8 @@ def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
     """Further bits of a token's boosted channels, as left operand [64 MMA rows, 16].
 
     Column k holds byte 2 * (k % 8) + k // 8 in its lower half, shifted until the plane of the first
-    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked. Columns
-    without a channel hold bytes of what follows; they meet queries of zero.
+    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked.
+    Columns without a channel hold bytes of what follows; they meet queries of zero.
     """
     FINE: tl.constexpr = SPEC.k.fine_bytes
     tokens = gl.arange(0, PAGE, gl.SliceLayout(1, fine_layout()))
