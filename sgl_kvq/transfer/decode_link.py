@@ -11,7 +11,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.errors import ChecksumError, KvqError, TransferError, WireError
 from sgl_kvq.transfer.blocks import HeadRange
-from sgl_kvq.transfer.inbound import InPart, InTransfer
+from sgl_kvq.transfer.inbound import InPart, InTransfer, Landing
 from sgl_kvq.transfer.link import Link, LinkState
 from sgl_kvq.transfer.links import Links
 from sgl_kvq.transfer.messages import (
@@ -30,7 +30,14 @@ from sgl_kvq.transfer.messages import (
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.thread import BLOCK, CONTROL, Ticket, TransferThread
-from sgl_kvq.transfer.wire import WIRE_VERSION, BlockHeader, BlockKind, parse_header
+from sgl_kvq.transfer.wire import (
+    HEADER_BYTES,
+    MAX_BLOCKS,
+    WIRE_VERSION,
+    BlockHeader,
+    BlockKind,
+    parse_header,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,20 +186,31 @@ class DecodeThread(TransferThread):
         kind = frames[0].bytes if frames else b""
         if kind == CONTROL and len(frames) == 2:
             self._on_message(link, parse_message(frames[1].buffer))
-        elif kind == BLOCK and len(frames) == 3:
-            self._on_block(link, parse_header(frames[1].buffer), frames[2].buffer)
+        elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
+            self._on_blocks(link, frames[1].buffer, [frame.buffer for frame in frames[2:]])
         else:
-            raise WireError(f"expected a message or a block, got {len(frames)} frames")
+            raise WireError(f"expected a message or blocks, got {len(frames)} frames")
 
-    def _on_block(self, link: Link, header: BlockHeader, payload: memoryview) -> None:
+    def _on_blocks(self, link: Link, headers: memoryview, payloads: list[memoryview]) -> None:
+        """Take those blocks of a message that make sense."""
+        if len(headers) != HEADER_BYTES * len(payloads):
+            raise WireError(f"{len(payloads)} blocks: got {len(headers)} bytes of headers")
+        landings = []
+        for place, payload in enumerate(payloads):
+            try:
+                header = parse_header(headers[place * HEADER_BYTES : (place + 1) * HEADER_BYTES])
+                landings.append(self._on_block(link, header, payload))
+            except KvqError as error:
+                self.count_refused(error)
+        link.landings += landings
+        self.helpers.run([landing for landing in landings if not landing.done])
+
+    def _on_block(self, link: Link, header: BlockHeader, payload: memoryview) -> Landing:
         part = link.parts.get(header.room)
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
         part.last_sign = link.last_heard
-        landing = part.begin(header, payload)
-        link.landings.append(landing)
-        if not landing.done:
-            self.helpers.run(landing, len(payload))
+        return part.begin(header, payload)
 
     def settle(self) -> None:
         """As the base."""

@@ -1,4 +1,4 @@
-"""Threads that copy and hash large blocks beside the transfer thread.
+"""Threads that copy and hash large blocks beside the transfer thread, a message's at a time.
 
 NumPy's copies and xxHash let other Python threads run while they work on a large block (xxHash from
 version 3.6 or 4 on, by package), so blocks are worked on side by side. A small block costs less
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 HELPED_BYTES = 128 * 2**10
@@ -26,9 +26,13 @@ class Job:
 
     The transfer thread makes it, one thread runs it, and the transfer thread looks at it again once
     it is `done`.
+
+    Args:
+        nbytes: Of the block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         self.done = False
         self.error: Exception | None = None
 
@@ -50,12 +54,12 @@ class Helpers:
 
     Args:
         count: Threads, 0 for none.
-        on_done: Called in a helper after each job.
+        on_done: Called in a helper after the jobs of a message.
     """
 
     def __init__(self, count: int, on_done: Callable[[], None]) -> None:
         self._count, self._on_done = count, on_done
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[Sequence[Job] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -65,16 +69,16 @@ class Helpers:
             thread.start()
             self._threads.append(thread)
 
-    def run(self, job: Job, nbytes: int) -> None:
-        """Run a job here, or let a helper do it if it is large and one will have time soon.
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs of a message here, or let a helper do it.
 
-        Args:
-            job: The job.
-            nbytes: Of its block.
+        A helper does it if there is a large block among them and a helper will have time soon.
         """
-        if nbytes >= HELPED_BYTES and self._queue.qsize() < len(self._threads):
-            self._queue.put(job)
-        else:
+        large = any(job.nbytes >= HELPED_BYTES for job in jobs)
+        if large and self._queue.qsize() < len(self._threads):
+            self._queue.put(jobs)
+            return
+        for job in jobs:
             job.run()
 
     def stop(self) -> None:
@@ -86,6 +90,7 @@ class Helpers:
         self._threads.clear()
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            job.run()
+        while (jobs := self._queue.get()) is not None:
+            for job in jobs:
+                job.run()
             self._on_done()

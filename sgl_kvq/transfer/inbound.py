@@ -72,7 +72,7 @@ class Landing(Job):
     def __init__(
         self, part: InPart, header: BlockHeader, payload: Buffer, left: Bools | None
     ) -> None:
-        super().__init__()
+        super().__init__(len(payload))
         self.part, self.header, self.payload, self.left = part, header, payload, left
         self.done = left is None
 

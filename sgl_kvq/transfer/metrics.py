@@ -57,7 +57,7 @@ class TransferMetrics:
             if blocks:
                 self._blocks.inc(blocks)
                 self._wire_bytes[kind].inc(total_bytes)
-                self._header_bytes.inc(blocks * (HEADER_BYTES + 1))
+                self._header_bytes.inc(blocks * HEADER_BYTES)
         self._counted = [(0, 0)] * len(BlockKind)
         if self._closed_page_tokens:
             self._tokens.inc(self._closed_page_tokens)

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sgl_kvq.transfer.blocks import Block, HeadRange
 from sgl_kvq.transfer.codecs import WireCodec
@@ -14,7 +15,7 @@ from sgl_kvq.transfer.messages import Request
 from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.send_buffers import Bytes, SendBuffers
 from sgl_kvq.transfer.thread import Ticket
-from sgl_kvq.transfer.wire import BlockKind, Buffer, payload_checksum
+from sgl_kvq.transfer.wire import BlockHeader, BlockKind, Buffer, pack_header, payload_checksum
 
 MAX_TRIES = 5
 MAX_ROOMS_A_PEER = 4096
@@ -29,6 +30,15 @@ class Flight:
     buffer: Bytes | None
 
 
+class ReadingTools(NamedTuple):
+    """What blocks are read with: the pool, a codec, buffers, the digest of the handshake."""
+
+    access: PoolAccess
+    codec: WireCodec
+    buffers: SendBuffers
+    fingerprint: int
+
+
 class Reading(Job):
     """A block on its way from the pool to the socket: its payload is copied and hashed.
 
@@ -36,48 +46,62 @@ class Reading(Job):
         outbound: Whose it is.
         seq: Its number.
         ticket: Of the request.
-        access: The pool.
-        codec: Applied to the payload.
-        buffers: Where to take memory from that it is copied to.
+        tools: What it is read with.
 
     Attributes:
         nbytes: Of the payload before the codec; they count as in flight from now on.
         buffer: Where it is copied to; None if it is sent from where it lies.
         payload: As sent.
-        checksum: Of `payload`.
+        header: As sent, once the work is done.
     """
 
-    def __init__(
-        self,
-        outbound: Outbound,
-        seq: int,
-        ticket: Ticket,
-        access: PoolAccess,
-        codec: WireCodec,
-        buffers: SendBuffers,
-    ) -> None:
-        super().__init__()
-        self.outbound, self.seq, self.ticket = outbound, seq, ticket
-        self._access, self._codec = access, codec
+    def __init__(self, outbound: Outbound, seq: int, ticket: Ticket, tools: ReadingTools) -> None:
+        self.outbound, self.seq, self.ticket, self._tools = outbound, seq, ticket, tools
         self.block = block = outbound.room.blocks[seq]
         self.buffer: Bytes | None = None
         if block.kind is BlockKind.METADATA:
             self.payload: Buffer = block.data
-        elif (view := access.view(block, outbound.heads)) is not None:
+        elif (view := tools.access.view(block, outbound.heads)) is not None:
             self.payload = view.data
         else:
-            nbytes = access.payload_bytes(block, outbound.heads)
-            self.buffer = buffers.take(nbytes)
+            nbytes = tools.access.payload_bytes(block, outbound.heads)
+            self.buffer = tools.buffers.take(nbytes)
             self.payload = self.buffer[:nbytes].data
-        self.nbytes = len(self.payload)
-        self.checksum = 0
+        self.header = b""
+        super().__init__(len(self.payload))
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for it, and the pages are still those of the request."""
+        outbound = self.outbound
+        return not (self.ticket.over or outbound.dropped or self.seq in outbound.acked)
 
     def work(self) -> None:
         """As the base."""
+        block, outbound, codec = self.block, self.outbound, self._tools.codec
         if self.buffer is not None:
-            self._access.read(self.block, self.outbound.heads, self.buffer[: self.nbytes])
-        self.payload = self._codec.encode(self.payload)
-        self.checksum = payload_checksum([self.payload])
+            self._tools.access.read(block, outbound.heads, self.buffer[: self.nbytes])
+        self.payload = codec.encode(self.payload)
+        self.header = pack_header(
+            BlockHeader(
+                kind=block.kind,
+                codec=codec.id,
+                room=outbound.room.room,
+                nonce=outbound.nonce,
+                fingerprint=self._tools.fingerprint,
+                seq=self.seq,
+                first_page=block.first_page,
+                num_pages=block.num_pages,
+                first_layer=block.first_layer,
+                num_layers=block.num_layers,
+                first_head=outbound.heads.first,
+                num_heads=outbound.heads.count,
+                num_rows=block.num_rows,
+                raw_bytes=self.nbytes,
+                wire_bytes=len(self.payload),
+                checksum=payload_checksum([self.payload]),
+            )
+        )
 
 
 @dataclass
@@ -90,7 +114,7 @@ class Peer:
         reachable: Whether ZeroMQ still has a connection to it.
         bytes_in_flight: Sent and not acknowledged, or about to be sent.
         turn: Rooms with something to send, the next one first.
-        readings: Blocks about to be sent, in order.
+        messages: Blocks about to be sent, by message, in order.
     """
 
     identity: bytes
@@ -99,7 +123,7 @@ class Peer:
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
     turn: deque[Outbound] = field(default_factory=deque)
-    readings: deque[Reading] = field(default_factory=deque)
+    messages: deque[list[Reading]] = field(default_factory=deque)
 
 
 class Outbound:

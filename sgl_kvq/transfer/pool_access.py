@@ -164,11 +164,15 @@ class CpuPoolAccess(PoolAccess):
         return np.empty(nbytes, dtype=np.uint8)
 
     def view(self, block: Block, heads: HeadRange) -> Bytes | None:
-        """As the base: pages that follow each other in one layer, with all heads."""
+        """As the base: closed pages that `_piece` finds."""
         if block.kind is not BlockKind.PAGES or block.num_layers != 1 or heads != self.heads:
             return None
-        run = run_of(block.pages)
-        return None if run is None else self._pages[block.first_layer][run].reshape(-1)
+        return self._piece(block.first_layer, block.pages)
+
+    def _piece(self, layer: int, pages: PageIds) -> Bytes | None:
+        """Pages of a layer that follow each other, with all heads: uint8 [bytes] of the pool."""
+        run = run_of(pages)
+        return None if run is None else self._pages[layer][run].reshape(-1)
 
     def read(self, block: Block, heads: HeadRange, out: Bytes) -> None:
         """As the base."""
@@ -191,6 +195,12 @@ class CpuPoolAccess(PoolAccess):
 
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
         """As the base."""
+        if header.kind is BlockKind.PAGES and header.num_layers == 1:
+            whole = header.num_heads == self.heads.count
+            piece = self._piece(header.first_layer, place) if whole else None
+            if piece is not None and len(piece) == len(payload):
+                piece[:] = np.frombuffer(payload, dtype=np.uint8)
+                return
         source = self.payload(header, payload)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         first = header.first_head - self.heads.first

@@ -11,16 +11,18 @@ from sgl_kvq.transfer.codecs import get_codec
 from sgl_kvq.transfer.helpers import Helpers
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.outbound import OutRoom, Peer, Reading
+from sgl_kvq.transfer.outbound import OutRoom, Peer, Reading, ReadingTools
 from sgl_kvq.transfer.pool_access import PoolAccess
 from sgl_kvq.transfer.send_buffers import SendBuffers
 from sgl_kvq.transfer.thread import BLOCK
-from sgl_kvq.transfer.wire import BlockHeader, pack_header
+from sgl_kvq.transfer.wire import MAX_BLOCKS
 
 logger = logging.getLogger(__name__)
 
 ROUND_BYTES = 4 * 2**20
 """Sent to a peer before the others, and messages, get their turn."""
+MESSAGE_BYTES = 2**21
+"""A message takes further blocks until it has so many; it costs Python as much as a block does."""
 # As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
 _MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
@@ -52,25 +54,38 @@ class Pump:
         on_sending: Callable[[int], None],
         fail: Callable[[OutRoom, str], None],
     ) -> None:
-        self._socket, self._access, self._digest = socket, access, digest
-        self._window_bytes = config.window_bytes
-        self._codec = get_codec(config.codec)
+        self._socket, self._window_bytes = socket, config.window_bytes
+        self._tools = ReadingTools(access, get_codec(config.codec), buffers, digest)
+        self._parts_of_a_page = access.num_layers * access.heads.count
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
         self._buffers, self._helpers = buffers, helpers
 
     def send_some(self, peers: Iterable[Peer]) -> bool:
-        """Send a few blocks to each peer; True if one has more that fits its window."""
+        """Send a few messages to each peer; True if one has more that fits its window."""
         more = False
         for peer in peers:
             share = ROUND_BYTES
-            while share > 0 and (nbytes := self._read_next(peer)) is not None:
-                share -= nbytes
+            while share > 0 and (message := self._next_message(peer)):
+                share -= sum(reading.nbytes for reading in message)
+                peer.messages.append(message)
+                self._helpers.run(message)
                 self.send_read(peer)
             more |= share <= 0
         return more
 
-    def _read_next(self, peer: Peer) -> int | None:
-        """Begin with a peer's next block; its bytes, None if none is left or the window is full."""
+    def _next_message(self, peer: Peer) -> list[Reading]:
+        """Blocks for one message to a peer; empty if none is left or the window is full."""
+        message: list[Reading] = []
+        nbytes = 0
+        while nbytes < MESSAGE_BYTES and len(message) < MAX_BLOCKS:
+            reading = self._next_block(peer)
+            if reading is None:
+                break
+            nbytes += reading.nbytes
+            message.append(reading)
+        return message
+
+    def _next_block(self, peer: Peer) -> Reading | None:
         while peer.turn and peer.reachable and peer.bytes_in_flight < self._window_bytes:
             outbound = peer.turn[0]
             if not outbound.pending:
@@ -81,86 +96,63 @@ class Pump:
             if out.ticket is None or out.ticket.over:
                 continue
             try:
-                reading = Reading(
-                    outbound, seq, out.ticket, self._access, self._codec, self._buffers
-                )
+                reading = Reading(outbound, seq, out.ticket, self._tools)
             except Exception as error:
                 self._give_up(out, seq, error)
                 continue
             outbound.reading.add(seq)
             peer.bytes_in_flight += reading.nbytes
-            peer.readings.append(reading)
-            self._helpers.run(reading, reading.nbytes)
-            return reading.nbytes
+            return reading
         return None
 
     def send_read(self, peer: Peer) -> None:
-        """Send what has been read and hashed, in order."""
-        while peer.readings and peer.readings[0].done:
-            reading = peer.readings.popleft()
-            outbound, seq = reading.outbound, reading.seq
-            peer.bytes_in_flight -= reading.nbytes
-            outbound.reading.discard(seq)
-            sent = False
-            try:
-                sent = self._send(reading)
-            except zmq.ZMQError as error:
-                peer.reachable = False
-                outbound.enqueue([seq])
-                logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
-            except Exception as error:
-                self._give_up(outbound.room, seq, error)
-            if not sent and reading.buffer is not None:
-                self._buffers.give(reading.buffer)
+        """Send messages whose blocks have been read and hashed, in order."""
+        while peer.messages and peer.messages[0][-1].done:
+            message = peer.messages.popleft()
+            for reading in message:
+                reading.outbound.reading.discard(reading.seq)
+                peer.bytes_in_flight -= reading.nbytes
+                if reading.error is not None:
+                    self._give_up(reading.outbound.room, reading.seq, reading.error)
+            wanted = [reading for reading in message if reading.is_wanted]
+            sent = bool(wanted) and self._send(peer, wanted)
+            for reading in message:
+                if reading.buffer is not None and not (sent and reading in wanted):
+                    self._buffers.give(reading.buffer)
 
     def _give_up(self, out: OutRoom, seq: int, error: Exception) -> None:
         logger.error("kvq-zmq: block %d of room %d", seq, out.room, exc_info=error)
         self._fail(out, f"block {seq} cannot be sent: {error}")
 
-    def _send(self, reading: Reading) -> bool:
-        """Send a block; False if nobody waits for it any more.
-
-        Raises:
-            zmq.ZMQError: the peer is not connected.
-            Exception: it could not be read.
-        """
-        outbound, seq = reading.outbound, reading.seq
-        out, heads = outbound.room, outbound.heads
-        # Over: the pages may have been given to another request before they were hashed.
-        if reading.ticket.over or outbound.dropped or seq in outbound.acked:
+    def _send(self, peer: Peer, message: list[Reading]) -> bool:
+        """Send blocks in one message; False if the peer is not connected, they are queued then."""
+        try:
+            headers = b"".join(reading.header for reading in message)
+            for frame in (peer.identity, BLOCK, headers):
+                self._socket.send(frame, _MORE)
+            for reading in message[:-1]:
+                self._socket.send(reading.payload, _MORE, copy=False)
+            self._socket.send(message[-1].payload, _LAST, copy=False)
+        except zmq.ZMQError as error:
+            peer.reachable = False
+            for reading in message:
+                reading.outbound.enqueue([reading.seq])
+            logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
             return False
-        if reading.error is not None:
-            raise reading.error
-        block, payload = reading.block, reading.payload
-        header = BlockHeader(
-            kind=block.kind,
-            codec=self._codec.id,
-            room=out.room,
-            nonce=outbound.nonce,
-            fingerprint=self._digest,
-            seq=seq,
-            first_page=block.first_page,
-            num_pages=block.num_pages,
-            first_layer=block.first_layer,
-            num_layers=block.num_layers,
-            first_head=heads.first,
-            num_heads=heads.count,
-            num_rows=block.num_rows,
-            raw_bytes=reading.nbytes,
-            wire_bytes=len(payload),
-            checksum=reading.checksum,
-        )
-        for frame in (outbound.peer.identity, BLOCK, pack_header(header)):
-            self._socket.send(frame, _MORE)
-        self._socket.send(payload, _LAST, copy=False)
-        outbound.sent(seq, len(payload), reading.buffer)
+        for reading in message:
+            self._note_sent(reading)
+        return True
+
+    def _note_sent(self, reading: Reading) -> None:
+        block, outbound, wire_bytes = reading.block, reading.outbound, len(reading.payload)
+        out = outbound.room
+        outbound.sent(reading.seq, wire_bytes, reading.buffer)
         if out.bytes_sent == 0:
             reading.ticket.advance(lambda: self._on_sending(out.room))
-        out.bytes_sent += len(payload)
+        out.bytes_sent += wire_bytes
         self._metrics.count_block(
             block.kind,
-            len(payload),
-            block.num_pages * block.num_layers * heads.count,
-            self._access.num_layers * self._access.heads.count,
+            wire_bytes,
+            block.num_pages * block.num_layers * outbound.heads.count,
+            self._parts_of_a_page,
         )
-        return True

@@ -20,14 +20,14 @@ from sgl_kvq.transfer.messages import MAX_MESSAGE_BYTES, Fingerprint
 from sgl_kvq.transfer.metrics import TransferMetrics
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.pool_access import PoolAccess
-from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES
+from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES, MAX_BLOCKS
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ALIVE_S = 1.0
-MESSAGES_A_ROUND = 64
-MAX_FRAMES = 4
+MESSAGES_A_ROUND = 8
+MAX_FRAMES = MAX_BLOCKS + 2
 CONTROL, BLOCK = b"C", b"B"
 _NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's flags are an enum, whose operators are slow
 

@@ -12,13 +12,16 @@ import xxhash
 from sgl_kvq.errors import ChecksumError, WireError
 
 MAGIC = b"KVQB"
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_BLOCK_BYTES = 16 * 2**20
 """Largest payload, before and after the codec; sockets drop a peer that sends more."""
 
 _BODY = struct.Struct("<4sHBBQQQIIHHHHHHIIQ4x")
 _CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = _BODY.size + _CHECKSUM.size
+_HEADER = struct.Struct(_BODY.format + "Q")
+HEADER_BYTES = _HEADER.size
+MAX_BLOCKS = 32
+"""Most blocks in a message."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -103,10 +106,9 @@ def parse_header(data: Buffer) -> BlockHeader:
     """
     if len(data) != HEADER_BYTES:
         raise WireError(f"block header: expected {HEADER_BYTES} bytes, got {len(data)}")
-    magic, version, kind, *rest = _BODY.unpack_from(data)
+    magic, version, kind, *rest, checksum = _HEADER.unpack(data)
     if magic != MAGIC:
         raise WireError(f"block header: expected magic {MAGIC!r}, got {magic!r}")
-    (checksum,) = _CHECKSUM.unpack_from(data, _BODY.size)
     if checksum != xxhash.xxh3_64_intdigest(memoryview(data)[: _BODY.size]):
         raise ChecksumError("block header: checksum does not hold; the block must be sent again")
     if version != WIRE_VERSION:
@@ -117,7 +119,7 @@ def parse_header(data: Buffer) -> BlockHeader:
     if kind >= len(_KINDS):
         raise WireError(f"block header: expected kind 0 to {len(_KINDS) - 1}, got {kind}")
     header = BlockHeader(_KINDS[kind], *rest)
-    if max(header.raw_bytes, header.wire_bytes) > MAX_BLOCK_BYTES:
+    if header.raw_bytes > MAX_BLOCK_BYTES or header.wire_bytes > MAX_BLOCK_BYTES:
         raise WireError(
             f"block header: expected at most {MAX_BLOCK_BYTES} payload bytes, got "
             f"{header.wire_bytes} sent, {header.raw_bytes} decoded"

@@ -16,7 +16,8 @@ import zmq
 from pair import DecodeSide, Outcome, PrefillSide, assert_equal, stopped, take_pages, wait_for
 from proxy import Proxy
 
-from sgl_kvq.transfer import helpers
+from sgl_kvq.transfer import helpers, outbound
+from sgl_kvq.transfer.inbound import Landing
 from sgl_kvq.transfer.messages import Ack, Done, Hello, Nack, Request, pack_message
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, pack_header, parse_header
@@ -105,16 +106,47 @@ def test_a_bad_block_alone_is_sent_again(lab: Lab) -> None:
     assert_equal(lab.prefill, lab.sent, lab.decode, got, NUM_TOKENS)
 
 
+def test_a_bad_header_hurts_its_own_block(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks beside it in its message are taken, it alone is sent again."""
+    pack, damaged, most_frames = outbound.pack_header, [], 0
+    take = lab.decode.thread.on_frames
+    retries = lab.prefill.thread.metrics.retries._value
+
+    def damage_once(header: BlockHeader) -> bytes:
+        data = bytearray(pack(header))
+        if header.seq == 3 and not damaged:
+            damaged.append(header.seq)
+            data[50] ^= 4
+        return bytes(data)
+
+    def on_frames(socket: Any, frames: list[Any]) -> None:
+        nonlocal most_frames
+        most_frames = max(most_frames, len(frames))
+        take(socket, frames)
+
+    monkeypatch.setattr(outbound, "pack_header", damage_once)
+    monkeypatch.setattr(lab.decode.thread, "on_frames", on_frames)
+    before = retries.get()
+    out, result, got = lab.begin(1, lab.decode, lab.prefill.endpoint)
+    lab.prefill.send(1, lab.sent, NUM_TOKENS)
+    lab.finish(out, result)
+    assert result.result == "success"
+    assert damaged == [3]
+    assert retries.get() == before + 1
+    assert most_frames > 5
+    assert_equal(lab.prefill, lab.sent, lab.decode, got, NUM_TOKENS)
+
+
 def damage_fourth_block(side: DecodeSide, seen: list[int]) -> None:
     """Flip a bit of the fourth block right before the decode rank looks at it."""
     original = side.thread._on_block
 
-    def on_block(link: Any, header: BlockHeader, payload: memoryview) -> None:
+    def on_block(link: Any, header: BlockHeader, payload: memoryview) -> Landing:
         data = bytearray(payload)
         if header.seq == 3 and not seen:
             seen.append(header.seq)
             data[100] ^= 4
-        original(link, header, memoryview(data))
+        return original(link, header, memoryview(data))
 
     side.thread._on_block = on_block  # type: ignore[method-assign]
 
@@ -226,6 +258,7 @@ def test_any_bytes_leave_both_sides_running(lab: Lab) -> None:
             header[generator.randrange(HEADER_BYTES)] ^= 1
         payload = generator.randbytes(generator.randrange(100))
         false.send_multipart([identity, b"B", bytes(header), payload])
+        false.send_multipart([identity, b"B", bytes(header), payload, payload])
         false.send_multipart([identity, *[generator.randbytes(9)] * generator.randrange(5), b""])
     wait_for(lambda: lab.decode.thread.metrics.refused._value.get() > 100)
     for layer, old in zip(lab.decode.pool.layers, untouched, strict=True):

@@ -63,6 +63,7 @@ def begin(
 def sleep_cycles(seconds: float) -> int:
     """Clock cycles of the device that last about so long."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(200_000_000)  # an idle device raises its clock meanwhile
     began.record()
     torch.cuda._sleep(10_000_000)
     ended.record()

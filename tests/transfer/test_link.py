@@ -24,6 +24,7 @@ from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.thread import TICK_S
+from sgl_kvq.transfer.wire import HEADER_BYTES
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 
@@ -147,7 +148,7 @@ def test_metrics_count_what_went_over_the_wire() -> None:
             assert gained("transfers_total", "success") == 1
             assert gained("wire_bytes_total", "pages") == 3 * 4 * layout.page_bytes
             assert gained("wire_bytes_total", "metadata") == len(METADATA)
-            assert gained("wire_bytes_total", "header") == 81 * gained("blocks_total")
+            assert gained("wire_bytes_total", "header") == HEADER_BYTES * gained("blocks_total")
             assert gained("closed_page_tokens_total") == 4 * PAGE_SIZE
             assert gained("retries_total") == gained("checksum_failures_total") == 0
             assert gained("state_seconds_count") >= 1

@@ -16,6 +16,7 @@ from sgl_kvq.transfer.messages import Ack, Message, pack_message, parse_message
 from sgl_kvq.transfer.wire import (
     HEADER_BYTES,
     MAX_BLOCK_BYTES,
+    WIRE_VERSION,
     BlockHeader,
     BlockKind,
     check_payload,
@@ -92,7 +93,7 @@ def test_random_bytes_are_no_header(data: bytes) -> None:
         parse_header(data)
 
 
-@given(HEADERS, unsigned(16), unsigned(8))
+@given(HEADERS, st.just(WIRE_VERSION) | unsigned(16), st.sampled_from(BlockKind) | unsigned(8))
 def test_other_versions_and_kinds_are_refused(header: BlockHeader, version: int, kind: int) -> None:
     import struct
 
@@ -101,7 +102,7 @@ def test_other_versions_and_kinds_are_refused(header: BlockHeader, version: int,
     body = bytearray(pack_header(header)[:-8])
     struct.pack_into("<HB", body, 4, version, kind)
     data = bytes(body) + struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(body)))
-    if version == 1 and kind <= max(BlockKind):
+    if version == WIRE_VERSION and kind <= max(BlockKind):
         assert parse_header(data).kind == kind
         return
     with pytest.raises(WireError, match=r"version|kind"):
