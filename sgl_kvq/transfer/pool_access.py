@@ -195,7 +195,7 @@ class CpuPoolAccess(PoolAccess):
 
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
         """As the base."""
-        if header.kind is BlockKind.PAGES and header.num_layers == 1:
+        if header.kind is BlockKind.PAGES and header.num_layers == 1:  # cheap for small blocks
             whole = header.num_heads == self.heads.count
             piece = self._piece(header.first_layer, place) if whole else None
             if piece is not None and len(piece) == len(payload):

@@ -112,12 +112,13 @@ class Pump:
             for reading in message:
                 reading.outbound.reading.discard(reading.seq)
                 peer.bytes_in_flight -= reading.nbytes
-                if reading.error is not None:
+                if reading.error is not None and reading.is_wanted:
                     self._give_up(reading.outbound.room, reading.seq, reading.error)
-            wanted = [reading for reading in message if reading.is_wanted]
-            sent = bool(wanted) and self._send(peer, wanted)
+            sent = [reading for reading in message if reading.is_wanted]
+            if not sent or not self._send(peer, sent):
+                sent = []
             for reading in message:
-                if reading.buffer is not None and not (sent and reading in wanted):
+                if reading.buffer is not None and reading not in sent:
                     self._buffers.give(reading.buffer)
 
     def _give_up(self, out: OutRoom, seq: int, error: Exception) -> None:
