@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ROUND_BYTES = 4 * 2**20
 """Sent to a peer before the others, and messages, get their turn."""
-MESSAGE_BYTES = 2**21
+MESSAGE_BYTES = 2**19
 """A message takes further blocks until it has so many; it costs Python as much as a block does."""
 # As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
 _MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
