@@ -1,8 +1,8 @@
 """Threads that copy and hash large blocks beside the transfer thread, a message's at a time.
 
 NumPy's copies and xxHash let other Python threads run while they work on a large block (xxHash from
-version 3.6 or 4 on, by package), so blocks are worked on side by side. A small block costs less
-than handing it over.
+version 3.6 or 4 on, by package), so blocks are worked on side by side. Small blocks are not: threads
+would wait for Python's lock more often than they gain.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-HELPED_BYTES = 128 * 2**10
+HELPED_BYTES = 512 * 2**10
 """Blocks from this size on are worth handing over."""
 
 
