@@ -1,8 +1,8 @@
 """Threads that copy and hash large blocks beside the transfer thread, a message's at a time.
 
 NumPy's copies and xxHash let other Python threads run while they work on a large block (xxHash from
-version 3.6 or 4 on, by package), so blocks are worked on side by side. Small blocks are not: threads
-would wait for Python's lock more often than they gain.
+version 3.6 or 4 on, by package), so blocks are worked on side by side. Small blocks are not: their
+threads would wait for Python's lock more often than they gain.
 """
 
 from __future__ import annotations
