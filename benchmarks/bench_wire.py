@@ -1,12 +1,12 @@
 """Loopback speed of block transfers against a bare pyzmq loop with the same block sizes.
 
-Usage: python -m benchmarks.bench_wire [--repeats 5] [--helpers N ...] [--out FILE.csv]
+Usage: python -m benchmarks.bench_wire [--repeats 5] [--helpers N] [--out FILE.csv]
 
 Two processes on one machine. Ours reads every block from a pool of 264 MB, its pages in random
 order, hashes it, sends it, hashes it again and writes it to another pool, checksums on. The bare
 loop (`benchmarks.bare_wire`) does nothing with a block and has the same window; `bare` sends one
 block's memory again and again, `bare_cold` walks over as much memory as ours. Each repeat measures
-everything one after the other, the first round warms up, rows give medians. `share` is ours to
+all three one after the other, the first round warms up, rows give medians. `share` is ours to
 `bare`.
 """
 
@@ -16,10 +16,8 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.bare_wire import BareLoop, bare_loop
 from benchmarks.records import command_line, git_commit, write_csv
@@ -50,37 +48,32 @@ class Row:
 
 
 def measure(
-    pairs: dict[int, WirePair], bare: BareLoop, block_kb: int, repeats: int, command: str
-) -> list[Row]:
-    """Measure one block size, with every number of helpers."""
-    speeds: list[dict[Any, float]] = []
+    pair: WirePair, bare: BareLoop, block_kb: int, helpers: int, repeats: int, command: str
+) -> Row:
+    """Measure one block size."""
+    speeds: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
-        speed: dict[Any, float] = {}
-        for helpers, pair in pairs.items():
-            speed[helpers] = pair.total_bytes / pair.transfer(block_kb * 1024)
-            count, total_bytes = pair.num_blocks, pair.total_bytes
-        mean_bytes = total_bytes // count
+        ours = pair.total_bytes / pair.transfer(block_kb * 1024)
+        count = pair.num_blocks
+        mean_bytes = pair.total_bytes // count
         sent = mean_bytes * count
-        speed["bare"] = sent / bare.transfer(mean_bytes, count)
-        speed["cold"] = sent / bare.transfer(mean_bytes, count, total_bytes)
-        speeds.append(speed)
-    medians = {key: statistics.median(speed[key] for speed in speeds[1:]) for key in speeds[0]}
-    return [
-        Row(
-            block_bytes=mean_bytes,
-            helpers=helpers,
-            ours_mb_s=round(medians[helpers] / 1e6, 1),
-            bare_mb_s=round(medians["bare"] / 1e6, 1),
-            bare_cold_mb_s=round(medians["cold"] / 1e6, 1),
-            share=round(medians[helpers] / medians["bare"], 3),
-            share_of_cold=round(medians[helpers] / medians["cold"], 3),
-            repeats=repeats,
-            machine=cpu_name(),
-            commit=git_commit(),
-            command=command,
-        )
-        for helpers in pairs
-    ]
+        hot = sent / bare.transfer(mean_bytes, count)
+        cold = sent / bare.transfer(mean_bytes, count, pair.total_bytes)
+        speeds.append((ours, hot, cold))
+    ours, hot, cold = (statistics.median(column) / 1e6 for column in zip(*speeds[1:], strict=True))
+    return Row(
+        block_bytes=mean_bytes,
+        helpers=helpers,
+        ours_mb_s=round(ours, 1),
+        bare_mb_s=round(hot, 1),
+        bare_cold_mb_s=round(cold, 1),
+        share=round(ours / hot, 3),
+        share_of_cold=round(ours / cold, 3),
+        repeats=repeats,
+        machine=cpu_name(),
+        commit=git_commit(),
+        command=command,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,29 +83,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--helpers",
         type=int,
-        nargs="+",
-        default=[default_helpers()],
+        default=default_helpers(),
         help="threads at each end that copy and hash (%(default)s here)",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/wire.csv"))
     args = parser.parse_args(argv)
     command = command_line("bench_wire", sys.argv[1:] if argv is None else argv)
-    rows: list[Row] = []
-    with bare_loop(WINDOW_BYTES) as bare, ExitStack() as ends:
-        specs = [EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, helpers=n) for n in args.helpers]
-        pairs = {spec.helpers: ends.enter_context(wire_pair(spec)) for spec in specs}
+    rows = []
+    spec = EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, helpers=args.helpers)
+    with bare_loop(WINDOW_BYTES) as bare, wire_pair(spec) as pair:
         for block_kb in BLOCK_KB:
-            fresh = measure(pairs, bare, block_kb, args.repeats, command)
-            rows += fresh
+            row = measure(pair, bare, block_kb, args.helpers, args.repeats, command)
+            rows.append(row)
             write_csv(args.out, [asdict(row) for row in rows])
-            for row in fresh:
-                print(
-                    f"{row.block_bytes / 1024:7.0f} KiB  {row.helpers} helpers  "
-                    f"ours {row.ours_mb_s:7.0f} MB/s  "
-                    f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}  "
-                    f"bare, cold {row.bare_cold_mb_s:7.0f} MB/s  {row.share_of_cold:.0%}",
-                    flush=True,
-                )
+            print(
+                f"{row.block_bytes / 1024:7.0f} KiB  ours {row.ours_mb_s:7.0f} MB/s  "
+                f"bare {row.bare_mb_s:7.0f} MB/s  {row.share:.0%}  "
+                f"bare, cold {row.bare_cold_mb_s:7.0f} MB/s  {row.share_of_cold:.0%}",
+                flush=True,
+            )
     return 0
 
 

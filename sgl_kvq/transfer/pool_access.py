@@ -164,15 +164,11 @@ class CpuPoolAccess(PoolAccess):
         return np.empty(nbytes, dtype=np.uint8)
 
     def view(self, block: Block, heads: HeadRange) -> Bytes | None:
-        """As the base: closed pages that `_piece` finds."""
+        """As the base: pages that follow each other in one layer, with all heads."""
         if block.kind is not BlockKind.PAGES or block.num_layers != 1 or heads != self.heads:
             return None
-        return self._piece(block.first_layer, block.pages)
-
-    def _piece(self, layer: int, pages: PageIds) -> Bytes | None:
-        """Pages of a layer that follow each other, with all heads: uint8 [bytes] of the pool."""
-        run = run_of(pages)
-        return None if run is None else self._pages[layer][run].reshape(-1)
+        run = run_of(block.pages)
+        return None if run is None else self._pages[block.first_layer][run].reshape(-1)
 
     def read(self, block: Block, heads: HeadRange, out: Bytes) -> None:
         """As the base."""
@@ -195,21 +191,25 @@ class CpuPoolAccess(PoolAccess):
 
     def write(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
         """As the base."""
-        if header.kind is BlockKind.PAGES and header.num_layers == 1:  # cheap for small blocks
-            whole = header.num_heads == self.heads.count
-            piece = self._piece(header.first_layer, place) if whole else None
-            if piece is not None and len(piece) == len(payload):
+        if header.kind is BlockKind.PAGES:
+            self._write_pages(header, payload, place)
+            return
+        source = self.payload(header, payload)
+        layers = slice(header.first_layer, header.first_layer + header.num_layers)
+        part = HeadRange(header.first_head, header.first_head + header.num_heads).within(self.heads)
+        for array, values in zip(self._rows[header.kind][layers], source, strict=True):
+            array[place[0], :, : header.num_rows, part] = values
+
+    def _write_pages(self, header: BlockHeader, payload: Buffer, place: PageIds) -> None:
+        run = run_of(place)
+        if run is not None and header.num_layers == 1 and header.num_heads == self.heads.count:
+            piece = self._pages[header.first_layer][run].reshape(-1)  # a small block's short way
+            if len(piece) == len(payload):
                 piece[:] = np.frombuffer(payload, dtype=np.uint8)
                 return
         source = self.payload(header, payload)
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
-        first = header.first_head - self.heads.first
-        end = first + header.num_heads
-        if header.kind is BlockKind.PAGES:
-            width = source.shape[2] // header.num_heads
-            where, columns = run_of(place) or place, slice(first * width, end * width)
-            for array, values in zip(self._pages[layers], source, strict=True):
-                array[where, columns] = values
-            return
-        for array, values in zip(self._rows[header.kind][layers], source, strict=True):
-            array[place[0], :, : header.num_rows, first:end] = values
+        heads = HeadRange(header.first_head, header.first_head + header.num_heads)
+        columns = self.columns(heads, self.head_bytes(header))
+        for array, values in zip(self._pages[layers], source, strict=True):
+            array[run or place, columns] = values

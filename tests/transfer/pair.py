@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +89,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "condition did not become true"
         time.sleep(0.005)
+
+
+def transfer_threads() -> list[str]:
+    """Names of ours: pyzmq has one of its own, once it has sent a block."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("kvq-")]
 
 
 class PrefillSide:

@@ -13,7 +13,16 @@ import msgpack
 import pytest
 import torch
 import zmq
-from pair import DecodeSide, Outcome, PrefillSide, assert_equal, stopped, take_pages, wait_for
+from pair import (
+    DecodeSide,
+    Outcome,
+    PrefillSide,
+    assert_equal,
+    stopped,
+    take_pages,
+    transfer_threads,
+    wait_for,
+)
 from proxy import Proxy
 
 from sgl_kvq.transfer import helpers, outbound
@@ -69,7 +78,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     with stopped(lab.prefill, lab.decode, lab.direct):
         yield lab
         lab.proxy.close()
-    assert not any(thread.name.startswith("kvq-") for thread in threading.enumerate())
+    assert not transfer_threads()
 
 
 def flip(data: bytes) -> bytes:

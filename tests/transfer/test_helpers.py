@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pair import NUM_HEADS, DecodeSide, PrefillSide, assert_equal, make_pool, ship, stopped
+from pair import (
+    NUM_HEADS,
+    DecodeSide,
+    PrefillSide,
+    assert_equal,
+    make_pool,
+    ship,
+    stopped,
+    transfer_threads,
+)
 
 from sgl_kvq.errors import ChecksumError, WireError
 from sgl_kvq.transfer import helpers
@@ -68,12 +77,6 @@ def test_large_jobs_go_to_helpers_until_their_queue_is_full() -> None:
     assert all(job.done and job.error is None for job in jobs + queued)
     assert told == ["kvq-transfer-helper"] * 4
     assert threading.active_count() == before
-
-
-def transfer_threads() -> list[str]:
-    """Names of ours: pyzmq has one of its own, once it has sent a block."""
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("kvq-")]
 
 
 @pytest.mark.parametrize("format_name", ["hack2", "bf16", "chosen"])
