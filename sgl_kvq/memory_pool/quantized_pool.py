@@ -113,8 +113,8 @@ class QuantizedKVPool(KVCache):
             What `load_cpu_copy` takes.
         """
         pages = indices[::PAGE_SIZE].long() // PAGE_SIZE
-        open_slot = self.open_slots.slot_of[pages[-1:]]
-        sink_slot = self.sink_slots.slot_of[pages[:1]]
+        open_slot = self.open_slots.held_slot(pages[-1:])
+        sink_slot = self.sink_slots.held_slot(pages[:1])
         return {
             "num_tokens": len(indices),
             "pages": [layer.pages[pages].cpu() for layer in self._layers],
@@ -140,8 +140,8 @@ class QuantizedKVPool(KVCache):
                 f"indices: expected {kv_cache_cpu['num_tokens']} slots, got {len(indices)}"
             )
         pages = indices[::PAGE_SIZE].long() // PAGE_SIZE
-        open_slot = self.open_slots.slot_of[pages[-1:]]
-        sink_slot = self.sink_slots.slot_of[pages[:1]]
+        open_slot = self.open_slots.held_slot(pages[-1:])
+        sink_slot = self.sink_slots.held_slot(pages[:1])
         for i, layer in enumerate(self._layers):
             layer.pages[pages] = kv_cache_cpu["pages"][i].to(self.device)
             layer.open_rows[open_slot] = kv_cache_cpu["open_rows"][i].to(self.device)

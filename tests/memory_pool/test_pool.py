@@ -118,6 +118,31 @@ def test_cpu_copy_brings_a_request_back_elsewhere() -> None:
         pool.load_cpu_copy(copy, new[:-1])
 
 
+def test_cpu_copy_of_whole_pages_leaves_the_slots_of_neighbours_alone() -> None:
+    """A page that closed keeps a stale entry to a slot that a running neighbour may hold by now."""
+    pool, allocator = make(num_pages=8, open_slots=1)
+    for _ in range(2):  # every page's table entry points at the one slot
+        pages = extend(allocator, [0], [100], [-1])
+        assert pages is not None
+        more = extend(allocator, [100], [4 * PAGE_SIZE], [int(pages[-1])])
+        assert more is not None
+    allocator.free(torch.arange(PAGE_SIZE, 9 * PAGE_SIZE))
+    retracted = extend(allocator, [0], [2 * PAGE_SIZE], [-1])
+    assert retracted is not None
+    neighbour = extend(allocator, [0], [10], [-1])
+    assert neighbour is not None
+    fill(pool)
+    before = [layer.open_rows.clone() for layer in pool.layers]
+    copy = pool.get_cpu_copy(retracted)
+    for layer in copy["open_rows"]:
+        layer.fill_(float("nan"))
+    pool.load_cpu_copy(copy, retracted)
+    slot = pool.open_slots.held_slot(neighbour[-1:] // PAGE_SIZE)
+    assert int(slot) > 0
+    for layer, rows in zip(pool.layers, before, strict=True):
+        assert torch.equal(layer.open_rows[slot], rows[slot])
+
+
 def test_move_kv_cache() -> None:
     pool, allocator = make()
     a, b = extend(allocator, [0], [90], [-1]), extend(allocator, [0], [90], [-1])
