@@ -32,10 +32,10 @@ $(MODEL)/model.safetensors: | install
 	$(BIN)/python scripts/fetch_model.py $(MODEL)
 
 demo: install model
-	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.agents.demo $(DEMO_ARGS)
 
 demo-pd: install model
-	$(BIN)/python -m benchmarks.demo_pd $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.pd.demo $(DEMO_ARGS)
 
 test: install model
 	$(BIN)/python -m pytest -m "not long" $(ALONE:%=--ignore=%) \
@@ -51,7 +51,7 @@ check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
 
 bench: install model
-	$(BIN)/python -m benchmarks.bench_cpu_decode
+	$(BIN)/python -m benchmarks.kernels.cpu_decode
 
 clean:
 	rm -rf $(VENV) .model out

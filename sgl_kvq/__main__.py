@@ -11,10 +11,13 @@ from sgl_kvq.errors import KvqError
 # Name: (module, help). A module is imported only when its command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": (
-        "sgl_kvq.commands.calibrate",
+        "sgl_kvq.commands.calibrate.command",
         "Measure a model's Q, K and V for --kv-quant kvq2 and kvq4.",
     ),
-    "check": ("sgl_kvq.commands.check", "Say whether GPU, SGLang, hooks and kernels work here."),
+    "check": (
+        "sgl_kvq.commands.check.command",
+        "Say whether GPU, SGLang, hooks and kernels work here.",
+    ),
     "keys": ("sgl_kvq.commands.keys", "Make CURVE keys for PD transfer beyond one machine."),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, servers included
@@ -95,9 +92,9 @@ def small_server(paused_server: Any) -> Iterator[Any]:
 def paused_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """`small_server`, stopped while no test uses it: an idle scheduler keeps a core busy."""
     import torch
-    from model_folders import make_model
 
-    from benchmarks.servers import launch_server
+    from benchmarks.common.servers import launch_server
+    from tests.support.model_folders import make_model
 
     folder = tmp_path_factory.mktemp("loud-llama")
     model = make_model(folder, model_path, "llama", torch.bfloat16)
@@ -116,7 +113,7 @@ def paused_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def start_scheduler() -> Iterator[Callable[..., Any]]:
     """Start SGLang's scheduler in this process; closed when the test ends."""
-    from scheduler_harness import SchedulerHarness
+    from tests.support.scheduler import SchedulerHarness
 
     running: list[SchedulerHarness] = []
 

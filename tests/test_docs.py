@@ -3,7 +3,7 @@ from __future__ import annotations
 from conftest import ROOT
 
 from scripts.draw_kv_layout import bytes_table, field_table
-from sgl_kvq.metrics import CONTAINED, GAUGES, PREFIX
+from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
 
 
 def test_layout_tables_are_what_the_code_says() -> None:

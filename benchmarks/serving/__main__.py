@@ -28,9 +28,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
-from benchmarks.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.servers import Server, ServerError, hardware_name, launch_server
+from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
+from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
+from benchmarks.common.servers import Server, ServerError, hardware_name, launch_server
 from benchmarks.serving.client import Outcome, run_workload
 from benchmarks.serving.counters import PoolWatch
 from benchmarks.serving.model_folder import make_folder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import Server
+from benchmarks.common.servers import Server
 from benchmarks.serving.counters import Counters, quantile
 from benchmarks.serving.workloads import Workload
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.records import append_csv
-from benchmarks.servers import Server
+from benchmarks.common.records import append_csv
+from benchmarks.common.servers import Server
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.metrics import CONTAINED, GAUGES, PREFIX
+from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
 
 TOKENS = "sglang:realtime_tokens_total"
 TTFT = "sglang:time_to_first_token_seconds"

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the keys and say which file belongs where."""
-    from sgl_kvq.transfer.auth import make_keys
+    from sgl_kvq.transfer.runtime.curve import make_keys
 
     make_keys(args.folder, args.decode)
     publics = " ".join(f"{name}.key" for name in args.decode)

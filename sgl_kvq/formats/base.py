@@ -125,7 +125,7 @@ class QuantFormat:
         arithmetic: "integer" multiplies 8-bit queries and probabilities with the codes and uses
             cached code sums (homomorphic); "dequantize" multiplies 16- or 32-bit ones.
         source: Paper and section the mathematics comes from, and what we changed.
-        own_basis: Heads are stored in a basis of their own, see `sgl_kvq.kernels.basis`.
+        own_basis: Heads are stored in a basis of their own, see `sgl_kvq.formats.calibration`.
     """
 
     name: str

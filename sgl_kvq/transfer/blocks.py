@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgl_kvq.transfer.wire import BlockKind
+from sgl_kvq.transfer.protocol.header import BlockKind
 
 PageIds = npt.NDArray[np.int64]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_kvq.errors import ConfigError, WireError
-from sgl_kvq.transfer.wire import Buffer
+from sgl_kvq.transfer.protocol.header import Buffer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Optional  # SGLang's parser reads these annotations at run time
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.host import NS, Arg
+from sgl_kvq.host.names import NS, Arg
 from sgl_kvq.transfer.codecs import codec_names, get_codec
-from sgl_kvq.transfer.helpers import default_helpers
-from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES
+from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
+from sgl_kvq.transfer.runtime.workers import default_helpers
 
 TRANSFER_BACKEND = "kvq-zmq"
 _FLAG = "--kv-quant-transfer-"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_pd import ADDRESSES, Link, shaped
-from benchmarks.relay import measure_gbit_s
+from benchmarks.pd.bench import ADDRESSES, Link, shaped
+from benchmarks.pd.relay import measure_gbit_s
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists() or shutil.which("ip") is None,

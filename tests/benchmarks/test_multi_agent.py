@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from benchmarks.agents import summarize
-from benchmarks.multi_agent import Sizes, Swarm
-from benchmarks.servers import Server, ServerError
+from benchmarks.agents.many import Sizes, Swarm
+from benchmarks.agents.sessions import summarize
+from benchmarks.common.servers import Server, ServerError
 
 SIZES = Sizes(shared_tokens=128, task_tokens=20, turns=3, answer_tokens=8, tool_tokens=30)
 

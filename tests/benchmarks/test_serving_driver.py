@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.kv_memory import ModelShape, kv_flags
+from benchmarks.common.kv_memory import ModelShape, kv_flags
 from benchmarks.serving import __main__ as driver
 from benchmarks.serving.counters import pool_problems, quantile
 from benchmarks.serving.model_folder import make_folder

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sgl_kvq.__main__ import main
-from sgl_kvq.commands import calibrate
-from sgl_kvq.commands.basis_fit import Moments, fit_basis
-from sgl_kvq.commands.budget import (
+from sgl_kvq.commands.calibrate import command as calibrate
+from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
+from sgl_kvq.commands.calibrate.budget import (
     CANDIDATES,
     _cost,
     _spread,
@@ -20,10 +20,10 @@ from sgl_kvq.commands.budget import (
     choose_bits,
     left_over,
 )
-from sgl_kvq.commands.stored_attention import stored_attention
+from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.kernels.basis import KvqBits, layer_formats
+from sgl_kvq.formats.calibration import KvqBits, layer_formats
 
 HEADS, GQA, D = 2, 3, 64
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sgl_kvq.__main__ import main
-from sgl_kvq.commands import check, kernel_errors
+from sgl_kvq.commands.check import command as check
+from sgl_kvq.commands.check import kernel_errors
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.decode import reference
@@ -91,7 +92,7 @@ def test_a_dead_hook_fails(
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from sgl_kvq import host
+    from sgl_kvq.host import names as host
 
     load_plugins()
     monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {host.LOG_STATS})

@@ -11,15 +11,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from benchmarks.kernel_harness import named_format
+from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels._page_spec import PageSpec, page_spec
-from sgl_kvq.kernels._rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
+from sgl_kvq.kernels.common.page_spec import PageSpec, page_spec
+from sgl_kvq.kernels.common.rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
-from sgl_kvq.kernels.tables.kernel import _tables_fwd_kernel
+from sgl_kvq.kernels.page_table.kernel import _tables_fwd_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CHOSEN_BITS, RandomCache, attention_fp64, random_cache, relative_error
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import partition_size
+from sgl_kvq.formats.dequantize import unpack_planes
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.decode import reference
-from sgl_kvq.kernels.pages import unpack_planes
+from tests.support.attention import (
+    CHOSEN_BITS,
+    RandomCache,
+    attention_fp64,
+    random_cache,
+    relative_error,
+)
 
 SEQ_LENS = [1, 63, 64, 65, 128, 1000, 200]
 INTEGER = [name for name in format_names() if get_format(name).has_sums]

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import attention_fp64, random_rows, relative_error
 
 from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.kernels.append.store import ClosingPages, ExtendAppend, append_extend
+from sgl_kvq.kernels.append.cpu import ClosingPages, ExtendAppend, append_extend
 from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read, extend
-from sgl_kvq.kernels.paged_cache import PagedCache
-from sgl_kvq.kernels.pages import decode_keys, decode_values
+from sgl_kvq.memory_pool.storage import PagedCache
+from tests.support.attention import attention_fp64, random_rows, relative_error
 
 HEADS, GROUP, HEAD_DIM, SINKS = 2, 3, 64, 4
 

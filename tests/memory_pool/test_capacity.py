@@ -7,8 +7,8 @@ from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.memory_pool.capacity import plan_pool
-from sgl_kvq.memory_pool.quantized_pool import QuantizedKVPool
 
 SMOLLM2 = {"head_dim": 64, "num_kv_heads": 3}
 BITS_BY_LAYER = ((2, 4, 2), (2, 4, 2), (4, 5, 4))  # as `calibrate --budget-bits` chooses

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compare import logprob_differences
+
+from tests.support.compare import logprob_differences
 
 # Measured on a CPU: largest difference 0.04, mean 0.0002; SGLang against itself with another chunk
 # size 0.21 and 0.0065, pages of 8 bits 0.31 and 0.0145. On a GPU, two attention kernels differ.

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from compare import logprob_differences
 from transformers import AutoTokenizer
+
+from tests.support.compare import logprob_differences
 
 GPU_FORMATS = ("bf16", "hack2", "hack4", "kvq2")
 SCHEMA = {

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_oracle import oracle_logprobs
-from model_folders import make_model
+
+from tests.support.hf_oracle import oracle_logprobs
+from tests.support.model_folders import make_model
 
 PROMPT, NEW_TOKENS = 200, 70
 ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02}  # mean; measured 0.025 and 0.008

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_oracle import oracle_logprobs
 from test_served_basis import offline
 from transformers import AutoConfig
 
-from sgl_kvq.kernels.basis import Chosen, KvqBits, default_basis, save_bases
+from sgl_kvq.formats.calibration import Chosen, KvqBits, default_basis, save_bases
+from tests.support.hf_oracle import oracle_logprobs
 
 PROMPT, NEW_TOKENS = 2150, 70
 RAGGED = (450, 333, 64, 120, 1000, 65, 63, 1)

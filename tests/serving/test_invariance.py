@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from compare import logprob_differences
+
+from tests.support.compare import logprob_differences
 
 NEW_TOKENS = 12
 LENGTHS = (450, 333, 64, 120)

@@ -11,8 +11,8 @@ import requests
 from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.servers import Server
-from sgl_kvq.metrics import CONTAINED, GAUGES, PREFIX
+from benchmarks.common.servers import Server
+from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
 
 PAGES = 40  # of `small_server`
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_oracle import FORMATS, oracle_logprobs
 
 from sgl_kvq.formats.registry import format_names
+from tests.support.hf_oracle import FORMATS, oracle_logprobs
 
 SHORT, LONG, DECODED = 330, 2150, 70
 ALWAYS = ("hack4", "k4v2", "saw4", "bf16")  # and hack2, past 2,000 tokens

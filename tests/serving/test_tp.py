@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import logprob_differences
-from model_folders import make_model
-from scheduler_harness import Result, SchedulerHarness
 
-from benchmarks.servers import free_port
+from benchmarks.common.servers import free_port
+from tests.support.compare import logprob_differences
+from tests.support.model_folders import make_model
+from tests.support.scheduler import Result, SchedulerHarness
 
 LENGTHS = (450, 64, 333, 1)
 NEW_TOKENS = 70

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of everything that reads bytes from a peer; needs `pip install atheris`.
 
-Usage: python tests/transfer/fuzz_wire.py tests/transfer/corpus -max_total_time=600
+Usage: python -m tests.transfer.fuzz_wire tests/transfer/corpus -max_total_time=600
 
 An input is one byte that chooses a target, then the target's bytes. Only `WireError` may come out;
 a block may change the transfer's own pages and slots and nothing else. An empty corpus is seeded
@@ -10,22 +10,22 @@ with one valid input of each kind, which no mutation would find: headers carry a
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-
 with atheris.instrument_imports(include=["sgl_kvq.transfer"]):
-    from sgl_kvq.transfer import codecs, inbound, messages, wire
+    from sgl_kvq.transfer import codecs
+    from sgl_kvq.transfer.decode import assembly as inbound
+    from sgl_kvq.transfer.protocol import header as wire
+    from sgl_kvq.transfer.protocol import messages
 
-import torch  # noqa: E402
-from pair import make_pool  # noqa: E402
+import torch
 
-from sgl_kvq.errors import WireError  # noqa: E402
-from sgl_kvq.transfer.blocks import HeadRange  # noqa: E402
-from sgl_kvq.transfer.gpu_access import open_pool  # noqa: E402
-from sgl_kvq.transfer.thread import Ticket  # noqa: E402
+from sgl_kvq.errors import WireError
+from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.transfer.blocks import HeadRange
+from sgl_kvq.transfer.runtime.event_loop import Ticket
+from tests.support.transfer_pair import make_pool
 
 FINGERPRINT, NONCE, ROOM = 11, 12, 13
 NAMES = wire.BlockHeader._fields

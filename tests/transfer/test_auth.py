@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pair import (
+
+from sgl_kvq.errors import ConfigError
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.runtime.curve import make_keys
+from tests.support.transfer_pair import (
     DecodeSide,
     PrefillSide,
     assert_equal,
@@ -13,10 +17,6 @@ from pair import (
     stopped,
     wait_for,
 )
-
-from sgl_kvq.errors import ConfigError
-from sgl_kvq.transfer.auth import make_keys
-from sgl_kvq.transfer.options import TransferConfig
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 

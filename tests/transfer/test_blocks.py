@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair import (
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import WireError
+from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.prefill.buffers import SendBuffers
+from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, BlockKind
+from tests.support.transfer_pair import (
     NUM_HEADS,
     NUM_LAYERS,
     DecodeSide,
@@ -19,14 +27,6 @@ from pair import (
     stopped,
     wait_for,
 )
-
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.errors import WireError
-from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
-from sgl_kvq.transfer.gpu_access import open_pool
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.send_buffers import SendBuffers
-from sgl_kvq.transfer.wire import MAX_BLOCK_BYTES, BlockKind
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 

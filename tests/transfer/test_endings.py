@@ -7,7 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from pair import (
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.transfer.options import TransferConfig
+from tests.support.proxy import Proxy
+from tests.support.transfer_pair import (
     DecodeSide,
     PrefillSide,
     assert_equal,
@@ -16,10 +20,6 @@ from pair import (
     take_pages,
     wait_for,
 )
-from proxy import Proxy
-
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.transfer.options import TransferConfig
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 

@@ -13,7 +13,21 @@ import msgpack
 import pytest
 import torch
 import zmq
-from pair import (
+
+from sgl_kvq.transfer.decode.assembly import Landing
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.prefill import rooms as outbound
+from sgl_kvq.transfer.protocol.header import (
+    HEADER_BYTES,
+    WIRE_VERSION,
+    BlockHeader,
+    pack_header,
+    parse_header,
+)
+from sgl_kvq.transfer.protocol.messages import Ack, Done, Hello, Nack, Request, pack_message
+from sgl_kvq.transfer.runtime import workers as helpers
+from tests.support.proxy import Proxy
+from tests.support.transfer_pair import (
     DecodeSide,
     Outcome,
     PrefillSide,
@@ -23,13 +37,6 @@ from pair import (
     transfer_threads,
     wait_for,
 )
-from proxy import Proxy
-
-from sgl_kvq.transfer import helpers, outbound
-from sgl_kvq.transfer.inbound import Landing
-from sgl_kvq.transfer.messages import Ack, Done, Hello, Nack, Request, pack_message
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.wire import HEADER_BYTES, WIRE_VERSION, BlockHeader, pack_header, parse_header
 
 CONFIG = TransferConfig(deadline_s=6.0, block_bytes=16384, window_bytes=131072, helpers=2)
 NUM_TOKENS = 1000

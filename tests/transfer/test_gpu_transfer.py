@@ -8,9 +8,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pair import DecodeSide, PrefillSide, assert_equal, stopped, take_pages, wait_for
 
 from sgl_kvq.transfer.options import TransferConfig
+from tests.support.transfer_pair import (
+    DecodeSide,
+    PrefillSide,
+    assert_equal,
+    stopped,
+    take_pages,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,14 @@ import re
 
 import pytest
 import zmq
-from pair import (
+
+from sgl_kvq.errors import TransferError
+from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.protocol.handshake import check_fingerprint
+from sgl_kvq.transfer.protocol.header import WIRE_VERSION
+from sgl_kvq.transfer.protocol.messages import Hello, Refuse, pack_message, parse_message
+from tests.support.transfer_pair import (
     DecodeSide,
     PrefillSide,
     fingerprint,
@@ -14,13 +21,6 @@ from pair import (
     stopped,
     wait_for,
 )
-
-from sgl_kvq.errors import TransferError
-from sgl_kvq.transfer.handshake import check_fingerprint
-from sgl_kvq.transfer.link import LinkState
-from sgl_kvq.transfer.messages import Hello, Refuse, pack_message, parse_message
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.wire import WIRE_VERSION
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pair import (
+
+from sgl_kvq.errors import ChecksumError, WireError
+from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.transfer.blocks import HeadRange
+from sgl_kvq.transfer.decode.assembly import InPart, InTransfer
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, payload_checksum
+from sgl_kvq.transfer.runtime import workers as helpers
+from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.workers import HELPED_BYTES, Helpers, Job
+from tests.support.transfer_pair import (
     NUM_HEADS,
     DecodeSide,
     PrefillSide,
@@ -19,16 +29,6 @@ from pair import (
     stopped,
     transfer_threads,
 )
-
-from sgl_kvq.errors import ChecksumError, WireError
-from sgl_kvq.transfer import helpers
-from sgl_kvq.transfer.blocks import HeadRange
-from sgl_kvq.transfer.gpu_access import open_pool
-from sgl_kvq.transfer.helpers import HELPED_BYTES, Helpers, Job
-from sgl_kvq.transfer.inbound import InPart, InTransfer
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.thread import Ticket
-from sgl_kvq.transfer.wire import BlockHeader, BlockKind, payload_checksum
 
 CONFIG = TransferConfig(deadline_s=5.0, block_bytes=16384, window_bytes=131072, helpers=2)
 

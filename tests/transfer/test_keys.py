@@ -11,8 +11,8 @@ import pytest
 
 from sgl_kvq.__main__ import main
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.transfer.handshake import weights_digest
 from sgl_kvq.transfer.options import TransferArgs, TransferConfig, is_loopback, transfer_config
+from sgl_kvq.transfer.protocol.handshake import weights_digest
 
 
 def test_keys_are_made_once_and_for_their_owner_only(

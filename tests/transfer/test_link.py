@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import zmq
-from pair import (
+from prometheus_client import REGISTRY
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import ConfigError
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.protocol.header import HEADER_BYTES
+from sgl_kvq.transfer.runtime.event_loop import TICK_S
+from tests.support.transfer_pair import (
     METADATA,
     DecodeSide,
     PrefillSide,
@@ -18,13 +25,6 @@ from pair import (
     take_pages,
     wait_for,
 )
-from prometheus_client import REGISTRY
-
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.errors import ConfigError
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.thread import TICK_S
-from sgl_kvq.transfer.wire import HEADER_BYTES
 
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 

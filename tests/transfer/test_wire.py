@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_kvq.errors import ChecksumError, WireError
-from sgl_kvq.transfer import messages
 from sgl_kvq.transfer.codecs import CODECS, decode_payload
-from sgl_kvq.transfer.messages import Ack, Message, pack_message, parse_message
-from sgl_kvq.transfer.wire import (
+from sgl_kvq.transfer.protocol import messages
+from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
     MAX_BLOCK_BYTES,
     WIRE_VERSION,
@@ -24,6 +23,7 @@ from sgl_kvq.transfer.wire import (
     parse_header,
     payload_checksum,
 )
+from sgl_kvq.transfer.protocol.messages import Ack, Message, pack_message, parse_message
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
-from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+from sgl_kvq.kernels.common.page_spec import page_spec
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 CLOSE_PROGRAMS = 1024  # of eight warps; more than run at once on any GPU
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._layouts import PAGE, next_power_of_2, num_planes, plane_width
+from sgl_kvq.formats.quantize import LARGEST_MAGNITUDE
 from sgl_kvq.kernels.append.quantize import quantize_rows
-from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
+from sgl_kvq.kernels.common.layouts import PAGE, next_power_of_2, num_planes, plane_width
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 BLOCK: tl.constexpr = tl.constexpr(256)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import INTERPRET
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.gluon import INTERPRET
+from sgl_kvq.kernels.common.layouts import (
     FINE_BITS,
     FINE_PLANES,
     FINE_STEPS,
@@ -24,7 +24,7 @@ from sgl_kvq.kernels._layouts import (
     num_planes,
     plane_width,
 )
-from sgl_kvq.kernels._rotation import rotate_tile
+from sgl_kvq.kernels.common.rotation import rotate_tile
 
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
 _SMALL_SCALE: tl.constexpr = tl.constexpr(2.0**-60)

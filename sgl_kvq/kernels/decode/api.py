@@ -7,11 +7,11 @@ import math
 import torch
 
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels._page_spec import page_spec
-from sgl_kvq.kernels._rotation import rotate_rows
+from sgl_kvq.kernels.common.page_spec import page_spec
+from sgl_kvq.kernels.common.rotation import rotate_rows
 from sgl_kvq.kernels.decode.configs import decode_config, merge_config, tail_units
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
-from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 LOG2_E = math.log2(math.e)
 MAX_REGISTERS = 248  # two warps a scheduler

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.kernels._page_spec import PageSpec
+from sgl_kvq.kernels.common.page_spec import PageSpec
 
 ROWS_PER_UNIT = 16  # of the open page
 _SWITCH_UNITS = 8  # what starting on another head costs, in units

@@ -18,11 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import (
+from sgl_kvq.kernels.common.gluon import (
     gl,
     jit,
 )
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.layouts import (
     PAGE,
     lane_sum_layout,
     mma_layout,
@@ -32,7 +32,7 @@ from sgl_kvq.kernels._layouts import (
     plane_width,
     value_rows,
 )
-from sgl_kvq.kernels._tiles import (
+from sgl_kvq.kernels.common.tiles import (
     CODE_UNIT,
     allocate_page,
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import (
+from sgl_kvq.kernels.common.gluon import (
     constexpr_function,
     gl,
     jit,
 )
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.layouts import (
     b_layout,
     code_query_layout,
     fine_scale,
@@ -25,7 +25,7 @@ from sgl_kvq.kernels._layouts import (
     plane_width,
     query_layout,
 )
-from sgl_kvq.kernels._tiles import (
+from sgl_kvq.kernels.common.tiles import (
     channel_of,
     columns_in_order,
     fine_place,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import (
+from sgl_kvq.kernels.common.gluon import (
     async_copy,
     gl,
     jit,
     mma_v2,
 )
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.layouts import (
     FINE_BITS,
     PAGE,
     a_layout,
@@ -32,7 +32,7 @@ from sgl_kvq.kernels._layouts import (
     value_code_layout,
     value_rows,
 )
-from sgl_kvq.kernels._tiles import (
+from sgl_kvq.kernels.common.tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,

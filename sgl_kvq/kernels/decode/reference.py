@@ -20,10 +20,10 @@ from torch.nn.functional import embedding_bag
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import FINE_BITS, Arithmetic, Coding
+from sgl_kvq.formats.dequantize import unpack_planes
+from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels.hadamard import rotate
-from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
-from sgl_kvq.kernels.pages import unpack_planes
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 LOG2_E = math.log2(math.e)
 _LEFT_MAX_CODE = 255  # 8-bit queries and probabilities

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import (
+from sgl_kvq.kernels.common.gluon import (
     INTERPRET,
     gl,
     jit,
     mma_v2,
 )
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.layouts import (
     PAGE,
     a_layout,
     b_layout,
@@ -23,7 +23,7 @@ from sgl_kvq.kernels._layouts import (
     value_row_layout,
     value_rows,
 )
-from sgl_kvq.kernels._tiles import (
+from sgl_kvq.kernels.common.tiles import (
     columns_in_order,
     sum_in_lane,
     transpose_blocks,

@@ -9,12 +9,12 @@ import torch
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels._page_spec import page_spec
 from sgl_kvq.kernels.append.api import TouchedPages
+from sgl_kvq.kernels.common.page_spec import page_spec
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
 from sgl_kvq.kernels.extend.passes import AttentionPass
-from sgl_kvq.kernels.paged_cache import PagedCache
+from sgl_kvq.memory_pool.storage import PagedCache
 
 
 class PrefillAttention(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.formats.quantize import LARGEST_MAGNITUDE
+from sgl_kvq.kernels.common.layouts import (
     FINE_BITS,
     FINE_STEPS,
     PAGE,
@@ -14,8 +15,7 @@ from sgl_kvq.kernels._layouts import (
     num_planes,
     plane_width,
 )
-from sgl_kvq.kernels._rotation import rotate_tile
-from sgl_kvq.kernels.append.reference import LARGEST_MAGNITUDE
+from sgl_kvq.kernels.common.rotation import rotate_tile
 from sgl_kvq.kernels.extend.pages import is_packed, page_planes
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)

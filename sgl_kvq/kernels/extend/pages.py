@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels._gluon import INTERPRET, constexpr_function
-from sgl_kvq.kernels._layouts import (
+from sgl_kvq.kernels.common.gluon import INTERPRET, constexpr_function
+from sgl_kvq.kernels.common.layouts import (
     FINE_BITS,
     FINE_STEPS,
     PAGE,
@@ -21,7 +21,7 @@ from sgl_kvq.kernels._layouts import (
     num_planes,
     plane_width,
 )
-from sgl_kvq.kernels._page_spec import CodingSpec, PageSpec
+from sgl_kvq.kernels.common.page_spec import CodingSpec, PageSpec
 
 
 @constexpr_function

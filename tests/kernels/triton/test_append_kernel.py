@@ -6,19 +6,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import CHOSEN_BITS, random_rows
 
-from benchmarks.kernel_harness import named_format
+from benchmarks.kernels.harness import named_format
 from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
 from sgl_kvq.formats.registry import format_names, get_format
-from sgl_kvq.kernels._rotation import rotate_rows
 from sgl_kvq.kernels.append import api
 from sgl_kvq.kernels.append.api import PagedLayers, TouchedPages, append, close_pages
 from sgl_kvq.kernels.append.quantize import divisors, quotient
-from sgl_kvq.kernels.append.reference import contain_non_finite, encode_pages
-from sgl_kvq.kernels.hadamard import rotate
-from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+from sgl_kvq.kernels.common.rotation import rotate_rows
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from tests.support.attention import CHOSEN_BITS, random_rows
 
 SINKS = 4
 HEADS = 2

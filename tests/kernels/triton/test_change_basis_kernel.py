@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_kvq.kernels import basis
+from sgl_kvq.formats import calibration as basis
 from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 
 KV_HEADS = 2

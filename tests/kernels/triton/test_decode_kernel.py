@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import CHOSEN_BITS, RandomCache, attention_fp64, random_cache
 
 from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
-from sgl_kvq.kernels.paged_cache import PagedCache, PageTable
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from tests.support.attention import CHOSEN_BITS, RandomCache, attention_fp64, random_cache
 
 KERNELS = (_decode_fwd_kernel, _decode_merge_kernel)
 SEQ_LENS = [1, 63, 64, 65, 200]

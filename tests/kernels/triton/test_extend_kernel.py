@@ -4,21 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_rows, relative_error
 
-from benchmarks.kernel_harness import named_format
+from benchmarks.kernels.harness import named_format
+from sgl_kvq.attention.plan.extend import plan_extend
+from sgl_kvq.attention.plan.upload import upload_extend
 from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
-from sgl_kvq.kernels.extend.batch import upload_extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.passes import AttentionPass
-from sgl_kvq.kernels.extend.plan import plan_extend
-from sgl_kvq.kernels.paged_cache import PagedCache, SlotMaps
-from sgl_kvq.kernels.pages import decode_keys, decode_values
+from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
+from tests.support.attention import random_rows, relative_error
 
 HEADS, GROUP, SINKS = 2, 3, 4
 

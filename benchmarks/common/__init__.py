@@ -1,0 +1,1 @@
+"""Servers, records, tables and plots that several benchmarks use."""

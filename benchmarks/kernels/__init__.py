@@ -1,0 +1,1 @@
+"""Attention, append and extend kernels alone."""

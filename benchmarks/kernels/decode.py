@@ -1,0 +1,202 @@
+"""Decode attention over quantized pages against FlashInfer's bf16 and fp8 decode.
+
+Usage: python -m benchmarks.kernels.decode [--formats ...] [--shapes BxL ...] [--out CSV]
+
+Every system of a shape runs in turn, as a CUDA graph over several copies of its input, so that no
+call finds its data in the L2 cache. FlashInfer runs with tensor cores, at the better of page sizes
+16 and 64. A row also says what bounds it: the same loads without arithmetic (`us_load`), and the
+same arithmetic on a few pages that stay in the L2 cache (`us_compute`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.kernels.decode_bounds import few_pages, load_only
+from benchmarks.kernels.harness import (
+    copy_gbps,
+    named_format,
+    num_copies,
+    time_interleaved,
+    write_results,
+)
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.quantize import encode_pages
+from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+
+FORMATS = ("hack2", "kivi2", "hack4", "kivi4", "saw4")
+SHAPES = (
+    *("1x131072", "8x32768", "32x8192", "64x8192", "128x2048"),
+    *("8x1024", "32x1024", "64x1024"),
+)
+SINK_TOKENS = 4
+_SAMPLE_PAGES = 64  # distinct contents; a pool repeats them
+
+
+def make_cache(layout: PageLayout, num_pages: int, batch: int) -> PagedCache:
+    """A pool of quantized random pages; slot 0 and page 0 are padding."""
+    shape = (_SAMPLE_PAGES, PAGE_SIZE, layout.num_kv_heads, layout.head_dim)
+    k, v = (torch.randn(shape, device="cuda").to(layout.row_dtype) for _ in range(2))
+    sinks = torch.zeros(_SAMPLE_PAGES, dtype=torch.int32, device="cuda")
+    sample = encode_pages(k, v, sinks, layout)
+    rows = (layout.num_kv_heads, layout.head_dim)
+    slots = (batch + 1, 2)
+    return PagedCache(
+        pages=sample.repeat(-(-(num_pages + 1) // _SAMPLE_PAGES), 1)[: num_pages + 1].contiguous(),
+        open_rows=torch.randn((*slots, PAGE_SIZE, *rows), device="cuda").to(layout.row_dtype),
+        sink_rows=torch.randn((*slots, SINK_TOKENS, *rows), device="cuda").to(layout.row_dtype),
+    )
+
+
+def make_table(batch: int, length: int) -> PageTable:
+    """Requests of equal length over shuffled pages."""
+    pages = -(-length // PAGE_SIZE)
+    options: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+    slots = torch.arange(1, batch + 1, **options)
+    return PageTable(
+        kv_indptr=torch.arange(batch + 1, **options) * pages,
+        kv_indices=(torch.randperm(batch * pages, device="cuda") + 1).int(),
+        kv_last_page_len=torch.full((batch,), (length - 1) % PAGE_SIZE + 1, **options),
+        open_slots=slots,
+        sink_slots=slots,
+    )
+
+
+def ours(
+    name: str, batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int
+) -> tuple[dict[str, Callable[[int], Any]], int, int]:
+    """Calls by name, bytes of closed pages a call reads, copies they rotate among."""
+    layout = PageLayout(named_format(name), head_dim, num_kv_heads)
+    num_pages = batch * -(-length // PAGE_SIZE)
+    read_bytes = num_pages * layout.page_bytes
+    copies = num_copies(read_bytes)
+    caches = [make_cache(layout, num_pages, batch) for _ in range(copies)]
+    table = make_table(batch, length)
+    hot = few_pages(table, min(64, num_pages))
+    q = torch.randn((batch, num_kv_heads * gqa, head_dim), device="cuda").to(layout.row_dtype)
+    ws = DecodeWorkspace(batch, num_kv_heads * gqa, layout, "cuda")
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+    sm_scale = head_dim**-0.5
+
+    def attend(table: PageTable) -> Callable[[int], Any]:
+        return lambda copy: decode(q, caches[copy], table, layout, sm_scale, ws, out, lse)
+
+    calls = {
+        "ours": attend(table),
+        "load": lambda copy: load_only(caches[copy], table, layout, ws),
+        "compute": attend(hot),
+    }
+    return calls, read_bytes, copies
+
+
+def flashinfer_call(
+    batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int, page: int, fp8: bool
+) -> tuple[Callable[[int], Any], int]:
+    """FlashInfer's paged decode on tensor cores, and the copies it rotates among."""
+    import flashinfer
+
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    pages = -(-length // page)
+    shape = (batch * pages, 2, page, num_kv_heads, head_dim)
+    copies = num_copies(batch * pages * 2 * page * num_kv_heads * head_dim * dtype.itemsize)
+    caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    caches = [cache.to(dtype) for cache in caches]
+    q = torch.randn((batch, num_kv_heads * gqa, head_dim), device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(q)
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        torch.arange(batch + 1, dtype=torch.int32) * pages,
+        torch.randperm(batch * pages, device="cuda").int(),
+        torch.full((batch,), (length - 1) % page + 1, dtype=torch.int32),
+        num_kv_heads * gqa, num_kv_heads, head_dim, page,
+        q_data_type=torch.bfloat16, kv_data_type=dtype,
+    )  # fmt: skip
+    return lambda copy: wrapper.run(q, caches[copy], out=out), copies
+
+
+def better_page_size(shape: tuple[int, ...], fp8: bool) -> int:
+    """FlashInfer's faster page size for a shape, 16 or 64."""
+    times = {}
+    for page in (16, 64):
+        call, copies = flashinfer_call(*shape, page=page, fp8=fp8)
+        times[page] = time_interleaved({"x": call}, copies, rounds=8)["x"].p50
+        del call
+        torch.cuda.empty_cache()
+    return min(times, key=lambda page: times[page])
+
+
+def measure(
+    formats: list[str], batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int,
+    copy_rate: float, baselines: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of one shape."""
+    shape = (batch, length, num_kv_heads, gqa, head_dim)
+    pages = {fp8: better_page_size(shape, fp8) for fp8 in (False, True)} if baselines else {}
+    rows = []
+    for name in formats:
+        calls, read_bytes, copies = ours(name, *shape)
+        for fp8, page in pages.items():
+            call, own = flashinfer_call(*shape, page=page, fp8=fp8)
+            calls["fp8" if fp8 else "bf16"] = _modulo(call, own)
+        times = time_interleaved(calls, copies)
+        coding = named_format(name)
+        us = times["ours"].p50
+        row: dict[str, Any] = {
+            "format": name, "bits_k": coding.k.num_bits, "bits_v": coding.v.num_bits,
+            "batch": batch, "length": length, "head_dim": head_dim, "gqa": gqa,
+            "us_p20": round(times["ours"].p20, 2), "us_p50": round(us, 2),
+            "us_p80": round(times["ours"].p80, 2),
+        }  # fmt: skip
+        for system in ("bf16", "fp8"):
+            row[f"us_{system}"] = round(times[system].p50, 2) if baselines else ""
+        for system in ("bf16", "fp8"):
+            row[f"x_{system}"] = round(times[system].p50 / us, 2) if baselines else ""
+        gbps = read_bytes / us / 1e3
+        row |= {
+            "gbps": round(gbps), "share_of_copy": round(gbps / copy_rate, 3),
+            "us_load": round(times["load"].p50, 2), "us_compute": round(times["compute"].p50, 2),
+        }  # fmt: skip
+        rows.append(row)
+        del calls
+        torch.cuda.empty_cache()
+    print(tabulate(rows, headers="keys"), flush=True)
+    return rows
+
+
+def _modulo(call: Callable[[int], Any], copies: int) -> Callable[[int], Any]:
+    return lambda copy: call(copy % copies)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="BATCHxLENGTH")
+    parser.add_argument("--no-baselines", action="store_true", help="skip FlashInfer")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100/decode.csv"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rate = copy_gbps()
+    print(f"copy: {rate:.0f} GB/s")
+    cases = [(*map(int, shape.split("x")), 8, 4, 128) for shape in args.shapes]
+    if args.shapes == list(SHAPES):
+        cases += [(32, 8192, 8, 4, 64), (32, 8192, 8, 4, 256), (32, 8192, 8, 1, 128)]
+        cases += [(32, 8192, 2, 16, 128)]
+    rows = []
+    for case in cases:
+        formats = args.formats if case[2:] == (8, 4, 128) else [*args.formats[:1], "hack4"]
+        rows += measure(formats, *case, copy_rate=rate, baselines=not args.no_baselines)
+        write_results(args.out, [{**row, "copy_gbps": round(rate)} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Extend attention over quantized pages against FlashInfer's bf16 prefill.
+
+Usage: python -m benchmarks.kernels.extend [--formats ...] [--shapes FRESHxPREFIX ...] [--out CSV]
+
+One request of FRESH tokens behind a cached prefix. FlashInfer reads bf16 pages of 64 tokens; the
+row takes the better of its fa2 and fa3 kernels. `us_fill` is the part of our time that dequantizes,
+`us_append` what storing and quantizing the fresh rows costs beside it (not in `us_p50`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.kernels.decode import make_cache
+from benchmarks.kernels.harness import time_interleaved, write_results
+from sgl_kvq.attention.plan.extend import plan_extend
+from sgl_kvq.attention.plan.upload import upload_extend
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.registry import get_format
+from sgl_kvq.kernels.append.api import append
+from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend, fill_scratch
+from sgl_kvq.kernels.extend.configs import scratch_pages
+from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
+from sgl_kvq.memory_pool.storage import SlotMaps
+
+FORMATS = ("hack2", "hack4", "saw4")
+SHAPES = ("2048x8192", "512x32768", "64x32768", "8192x0")
+NUM_KV_HEADS, GQA, HEAD_DIM = 8, 4, 128
+COPIES = 8  # more than the L2 cache holds
+
+
+def ours(
+    name: str, fresh: int, prefix: int, quantized: bool, max_pages: int, backend: str | None
+) -> dict[str, Callable[[int], Any]]:
+    """Calls by name: attention with its fills, the fills alone, the append."""
+    layout = PageLayout(get_format(name), HEAD_DIM, NUM_KV_HEADS)
+    num_pages = (prefix + fresh) // PAGE_SIZE
+    caches = [make_cache(layout, num_pages, 1) for _ in range(COPIES)]
+    own = torch.randperm(num_pages, device="cuda") + 1
+    tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")
+    slot_of = torch.zeros(num_pages + 1, dtype=torch.int64, device="cuda")
+    slot_of[own[0]] = 1
+    plan = plan_extend([prefix], [fresh], quantized, max_pages)
+    batch = upload_extend(
+        plan,
+        tokens.flatten().int()[None],
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+        SlotMaps(torch.zeros_like(slot_of), slot_of),
+    )
+    heads = (NUM_KV_HEADS * GQA, NUM_KV_HEADS, NUM_KV_HEADS)
+    q, k, v = (
+        torch.randn((fresh, n, HEAD_DIM), device="cuda", dtype=layout.row_dtype) for n in heads
+    )
+    attention = FlashInferAttention(
+        *heads[:2], HEAD_DIM, layout.row_dtype, HEAD_DIM**-0.5, "cuda", backend
+    )
+    attention.plan(plan.passes)
+    workspace = ExtendWorkspace(layout, plan.scratch_pages, "cuda")
+    count = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def attend(copy: int) -> None:
+        cache = caches[copy]
+        prior_rows = batch.prior_rows(cache)
+        extend(
+            q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows,
+            attention, workspace,
+        )  # fmt: skip
+
+    def fill(copy: int) -> None:
+        cache = caches[copy]
+        for fills in batch.fills:
+            prior_rows = batch.prior_rows(cache)
+            fill_scratch(cache, layout, k, v, fills, batch.touched, prior_rows, workspace)
+
+    def store(copy: int) -> None:
+        cache = caches[copy]
+        append(cache, layout, k, v, batch.touched, count, batch.prior_rows(cache))
+
+    return {"ours": attend, "fill": fill, "append": store}
+
+
+def flashinfer_call(fresh: int, prefix: int, backend: str) -> Callable[[int], Any]:
+    """FlashInfer's paged prefill over bf16 pages of 64 tokens."""
+    import flashinfer
+
+    num_pages = (prefix + fresh) // PAGE_SIZE
+    shape = (num_pages, 2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(COPIES)]
+    q = torch.randn((fresh, NUM_KV_HEADS * GQA, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(384 * 2**20, dtype=torch.uint8, device="cuda"), "NHD", backend=backend
+    )
+    wrapper.plan(
+        torch.tensor([0, fresh], dtype=torch.int32),
+        torch.tensor([0, num_pages], dtype=torch.int32),
+        torch.randperm(num_pages, device="cuda").int(),
+        torch.tensor([PAGE_SIZE], dtype=torch.int32),
+        NUM_KV_HEADS * GQA, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, causal=True,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    return lambda copy: wrapper.run(q, caches[copy], out=out, lse=lse, return_lse=True)
+
+
+def measure(
+    formats: list[str], fresh: int, prefix: int, backends: list[str], max_pages: int
+) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    rows = []
+    baselines = {f"bf16_{name}": flashinfer_call(fresh, prefix, name) for name in ("fa2", "fa3")}
+    for name in formats:
+        for mode in ("exact", "quantized"):
+            for backend in backends:
+                chosen = None if backend == "chosen" else backend
+                calls = ours(name, fresh, prefix, mode == "quantized", max_pages, chosen)
+                times = time_interleaved(calls | baselines, COPIES, rounds=12)
+                us = times["ours"].p50
+                best = min(times[baseline].p50 for baseline in baselines)
+                row: dict[str, Any] = {
+                    "format": name, "mode": mode, "backend": backend, "fresh": fresh,
+                    "prefix": prefix, "scratch_pages": max_pages, "us_p20": times["ours"].p20,
+                    "us_p50": us, "us_p80": times["ours"].p80, "us_fill": times["fill"].p50,
+                    "us_append": times["append"].p50,
+                }  # fmt: skip
+                row |= {f"us_{baseline}": times[baseline].p50 for baseline in baselines}
+                row = {k: round(x, 1) if isinstance(x, float) else x for k, x in row.items()}
+                rows.append(row | {"x_bf16": round(best / us, 3)})
+                del calls
+                torch.cuda.empty_cache()
+    print(tabulate(rows, headers="keys"), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="FRESHxPREFIX")
+    parser.add_argument("--backends", nargs="+", default=["chosen"], help="ours: fa2, fa3")
+    parser.add_argument("--scratch-pages", type=int, default=0, help="0: as the server")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100/extend.csv"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    max_pages = args.scratch_pages or scratch_pages(NUM_KV_HEADS, HEAD_DIM)
+    rows = []
+    for shape in args.shapes:
+        fresh, prefix = map(int, shape.split("x"))
+        rows += measure(args.formats, fresh, prefix, args.backends, max_pages)
+        write_results(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prefill and decode instances with a link between them."""

@@ -1,0 +1,1 @@
+"""The KV transfer over loopback, without a server."""

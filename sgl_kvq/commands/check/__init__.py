@@ -1,0 +1,1 @@
+"""`python -m sgl_kvq check`."""

@@ -1,0 +1,71 @@
+"""Read the fields of page rows in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_kvq.formats.base import FINE_BITS, Coding
+from sgl_kvq.formats.hadamard import rotate
+from sgl_kvq.formats.page_layout import PageLayout
+
+
+def unpack_planes(packed: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
+    """Inverse of `pack_planes`: bytes to codes.
+
+    Args:
+        packed: uint8 [..., width, ...].
+        num_planes: Codes per byte.
+        dim: The packed dimension, negative.
+
+    Returns:
+        uint8, size `width * num_planes` along dim.
+    """
+    bits = 8 // num_planes
+    planes = [(packed >> (plane * bits)) & ((1 << bits) - 1) for plane in range(num_planes)]
+    return torch.cat(planes, dim)
+
+
+def _affine(
+    codes: torch.Tensor, rows: torch.Tensor, name: str, coding: Coding, layout: PageLayout
+) -> torch.Tensor:
+    """Codes [N, H, P, D] to values: code * scale + min."""
+    scales = layout.view(rows, f"{name}_scales").float()
+    mins = layout.view(rows, f"{name}_mins").float()
+    if coding.axis == "channel":
+        return torch.addcmul(mins.unsqueeze(2), codes, scales.unsqueeze(2))
+    grouped = codes.unflatten(-1, (scales.shape[2], -1))  # [N, H, P, G, D/G]
+    scales, mins = (meta.transpose(2, 3).unsqueeze(-1) for meta in (scales, mins))
+    return torch.addcmul(mins, grouped, scales).flatten(-2)
+
+
+def decode_keys(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Dequantize the keys of page rows, back in the unrotated basis.
+
+    Args:
+        rows: uint8 [N, page_bytes], contiguous.
+        layout: Their layout.
+
+    Returns:
+        float32 [N, num_kv_heads, PAGE_SIZE, head_dim]. Sink tokens come back as the minimum.
+    """
+    coding = layout.format.k
+    codes = layout.view(rows, "k_codes")
+    if coding.is_raw:
+        return codes.float()
+    steps = unpack_planes(codes, coding.num_planes, -1).float()
+    if boosted := coding.num_boosted(layout.head_dim):
+        fine = unpack_planes(layout.view(rows, "k_fine"), 8 // FINE_BITS, -1)
+        steps[..., :boosted] += fine * 0.5**FINE_BITS
+    values = _affine(steps, rows, "k", coding, layout)
+    return rotate(values, layout.rotation_order) if coding.rotated else values
+
+
+def decode_values(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Dequantize the values of page rows; as `decode_keys`."""
+    coding = layout.format.v
+    codes = layout.view(rows, "v_codes")
+    if coding.is_raw:
+        return codes.float()
+    unpacked = unpack_planes(codes, coding.num_planes, -2).transpose(2, 3).float()
+    values = _affine(unpacked, rows, "v", coding, layout)
+    return rotate(values, layout.rotation_order) if coding.rotated else values

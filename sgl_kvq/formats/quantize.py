@@ -1,0 +1,226 @@
+"""Close pages: quantize and pack 16-bit rows into page rows. This file is the specification."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import FINE_BITS, SHRUNK, Coding
+from sgl_kvq.formats.hadamard import rotate
+from sgl_kvq.formats.page_layout import PageLayout
+
+
+def quantize_groups(
+    x: torch.Tensor,
+    coding: Coding,
+    dim: int,
+    excluded: torch.Tensor | None = None,
+    max_code: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code x in groups along one dimension against the stored bfloat16 metadata.
+
+    m = bf16(low), s = bf16((high - m) / max_code), 1 where that is not positive;
+    code = clip(round((x - m) / s), 0, max_code); value = code * s + m. low and high are minimum and
+    maximum; fitted codings also try ranges `SHRUNK` times as wide about the same middle and take
+    the first with the least sum of squared errors.
+
+    Args:
+        x: float32, any shape, finite.
+        coding: Bits, rounding and choice of the range.
+        dim: The dimension a group runs along.
+        excluded: bool, broadcastable to x: elements left out of the range and the errors, coded 0.
+        max_code: Largest code; None takes the coding's.
+
+    Returns:
+        codes uint8 like x; scales and mins bfloat16, size 1 along dim.
+
+    Source: HACK (ATC '26), quantization against stored metadata; KIVI and SAW-INT4 code against
+    unrounded metadata.
+    """
+    lowest, highest = x, x
+    if excluded is not None:
+        lowest = x.masked_fill(excluded, torch.inf)
+        highest = x.masked_fill(excluded, -torch.inf)
+    low, high = lowest.amin(dim, keepdim=True), highest.amax(dim, keepdim=True)
+    top = coding.max_code if max_code is None else max_code
+    codes, scales, mins = _quantize_range(x, low, high, coding, top)
+    if coding.fitted:
+        least = _squared_error(x, codes, scales, mins, dim, excluded)
+        for width in SHRUNK:
+            cut = (high - low) * ((1 - width) / 2)
+            tried = _quantize_range(x, low + cut, high - cut, coding, top)
+            error = _squared_error(x, *tried, dim, excluded)
+            better = error < least
+            least = torch.where(better, error, least)
+            codes, scales, mins = (
+                torch.where(better, new, old)
+                for new, old in zip(tried, (codes, scales, mins), strict=True)
+            )
+    if excluded is not None:
+        codes = codes.masked_fill(excluded, 0)
+    return codes, scales, mins
+
+
+def _quantize_range(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, coding: Coding, max_code: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code x against one range a group."""
+    mins = low.to(torch.bfloat16)
+    scales = ((high - mins.float()) / max_code).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    steps = (x - mins.float()) / scales.float()
+    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
+    return steps.clamp(0, max_code).to(torch.uint8), scales, mins
+
+
+def _squared_error(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    dim: int,
+    excluded: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum of squared errors of each group, size 1 along dim."""
+    error = (codes * scales.float() + mins.float() - x).square()
+    if excluded is not None:
+        error = error.masked_fill(excluded, 0)
+    return error.sum(dim, keepdim=True)
+
+
+def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
+    """Pack codes into bytes: field i of byte j holds element `i * width + j` along `dim`.
+
+    Args:
+        codes: uint8 [..., size, ...], each below 2^(8/num_planes).
+        num_planes: Codes per byte, 1, 2 or 4; divides size.
+        dim: The packed dimension, negative.
+
+    Returns:
+        uint8, size `size / num_planes` along dim.
+    """
+    packed = torch.zeros_like(codes.narrow(dim, 0, codes.shape[dim] // num_planes))
+    for plane, part in enumerate(codes.chunk(num_planes, dim)):
+        packed |= part << (plane * 8 // num_planes)
+    return packed
+
+
+# Largest |x| in a page: the largest number that bfloat16 and float16 share. The kernels multiply
+# with scales in float16.
+LARGEST_MAGNITUDE = 65280.0
+
+
+def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace NaN by 0 and clamp to `LARGEST_MAGNITUDE`.
+
+    One bad element would otherwise poison the scale of its whole group.
+
+    Args:
+        x: 16-bit rows, any shape.
+
+    Returns:
+        (rows like x, number of replaced elements as an int64 scalar tensor).
+    """
+    limit = LARGEST_MAGNITUDE
+    contained = torch.nan_to_num(x, posinf=limit, neginf=-limit).clamp(-limit, limit)
+    return contained, (contained != x).sum()
+
+
+def encode_pages(
+    k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
+) -> torch.Tensor:
+    """Quantize full pages into page rows.
+
+    Args:
+        k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, at most
+            `LARGEST_MAGNITUDE` in size.
+        v: Values, same shape and dtype.
+        num_sinks: int32 [N], leading tokens of each page that are kept elsewhere in 16 bits: left
+            out of the scales along the tokens, coded 0.
+        layout: What to store where.
+
+    Returns:
+        uint8 [N, page_bytes], every byte defined: alignment gaps are 0.
+
+    Raises:
+        ValueError: wrong shape or dtype, or an element is NaN, infinite or too large.
+    """
+    expected = (PAGE_SIZE, layout.num_kv_heads, layout.head_dim)
+    for name, rows in (("k", k), ("v", v)):
+        if tuple(rows.shape[1:]) != expected or rows.dtype != layout.row_dtype:
+            raise ValueError(
+                f"{name}: expected [N, {', '.join(map(str, expected))}] {layout.row_dtype}, "
+                f"got {list(rows.shape)} {rows.dtype}"
+            )
+        if not (rows.abs() <= LARGEST_MAGNITUDE).all():
+            raise ValueError(
+                f"{name}: expected finite values of at most {LARGEST_MAGNITUDE:.0f}, got others; "
+                f"pass rows through contain_non_finite first"
+            )
+    pages = torch.zeros((k.shape[0], layout.page_bytes), dtype=torch.uint8, device=k.device)
+    tokens = torch.arange(PAGE_SIZE, device=k.device)
+    is_sink = (tokens < num_sinks[:, None])[:, None, :, None]  # [N, 1, P, 1]
+    _encode_tensor(pages, "k", k, layout.format.k, is_sink, layout)
+    _encode_tensor(pages, "v", v, layout.format.v, is_sink, layout)
+    return pages
+
+
+def _encode_tensor(
+    pages: torch.Tensor,
+    name: str,
+    rows: torch.Tensor,
+    coding: Coding,
+    is_sink: torch.Tensor,
+    layout: PageLayout,
+) -> None:
+    """Write the fields of K or of V into `pages`."""
+    if coding.is_raw:
+        layout.view(pages, f"{name}_codes").copy_(rows.transpose(1, 2))
+        return
+    x = rows.transpose(1, 2).float()  # [N, H, P, D]
+    if coding.rotated:
+        x = rotate(x, layout.rotation_order)
+    if coding.axis == "channel":
+        codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink)
+        if boosted := coding.num_boosted(layout.head_dim):
+            fine, fine_scales, fine_mins = _boost(x[..., :boosted], coding, is_sink)
+            codes[..., :boosted] = fine >> FINE_BITS
+            scales[..., :boosted], mins[..., :boosted] = fine_scales, fine_mins
+            low_bits = fine & ((1 << FINE_BITS) - 1)
+            layout.view(pages, f"{name}_fine").copy_(pack_planes(low_bits, 8 // FINE_BITS, -1))
+        scales, mins = scales.squeeze(2), mins.squeeze(2)  # [N, H, D]
+    else:
+        groups = coding.num_groups(layout.head_dim)
+        grouped = x.unflatten(-1, (groups, -1))  # [N, H, P, G, D/G]
+        codes, scales, mins = quantize_groups(grouped, coding, dim=-1)
+        codes = codes.flatten(-2).masked_fill(is_sink, 0)
+        scales, mins = (meta.squeeze(-1).transpose(2, 3) for meta in (scales, mins))  # [N, H, G, P]
+    layout.view(pages, f"{name}_scales").copy_(scales)
+    layout.view(pages, f"{name}_mins").copy_(mins)
+    if name == "k":
+        layout.view(pages, "k_codes").copy_(pack_planes(codes, coding.num_planes, -1))
+        if layout.format.has_sums:
+            partitions = codes.unflatten(-1, (-1, layout.partition))
+            layout.view(pages, "k_sums").copy_(partitions.sum(-1).transpose(2, 3))
+    else:
+        by_channel = codes.transpose(2, 3)  # [N, H, D, P]
+        layout.view(pages, "v_codes").copy_(pack_planes(by_channel, coding.num_planes, -2))
+        if layout.format.has_sums:
+            layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
+
+
+def _boost(
+    x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code boosted channels x [N, H, P, boosted] with `FINE_BITS` further bits, none cut off.
+
+    Returns:
+        codes like x; scales, of the leading bits (exactly 2^FINE_BITS steps), and mins
+        [N, H, 1, boosted].
+    """
+    max_code = (coding.max_code + 1 << FINE_BITS) - 1
+    whole = replace(coding, fitted=False)
+    codes, scales, mins = quantize_groups(x, whole, dim=2, excluded=is_sink, max_code=max_code)
+    return codes, scales * (1 << FINE_BITS), mins

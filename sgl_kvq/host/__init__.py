@@ -1,0 +1,1 @@
+"""The only package that knows SGLang: names, hooks, options, pool, allocator, PD endpoints."""

@@ -1,0 +1,1 @@
+"""SGLang's PD interfaces over `sgl_kvq.transfer`."""

@@ -1,0 +1,255 @@
+"""SGLang's side of one request's transfer: sender, receiver; and the bootstrap server."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import TransferError
+from sgl_kvq.host.disagg.manager import KvqManager, endpoint_of
+from sgl_kvq.host.names import (
+    CommonKVBootstrapServer,
+    CommonKVReceiver,
+    CommonKVSender,
+    KVPoll,
+    KVTransferError,
+)
+from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows
+from sgl_kvq.transfer.decode.assembly import InTransfer
+from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.protocol.header import BlockKind
+from sgl_kvq.transfer.runtime.event_loop import Ticket
+
+
+class _Poller:
+    """What sender and receiver share: SGLang polls them and asks why they failed."""
+
+    kv_mgr: KvqManager
+    bootstrap_room: int
+    conclude_state: Any
+    ticket: Ticket
+
+    def poll(self) -> Any:
+        """SGLang's `KVPoll` of this request."""
+        if self.conclude_state is None:
+            if not self.kv_mgr.thread.is_alive():
+                self.ticket.fail("the transfer thread has ended")
+            status = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Failed)
+            if status not in (KVPoll.Success, KVPoll.Failed):
+                return status
+            self.conclude_state = status
+        return self.conclude_state
+
+    def failure_exception(self) -> None:
+        """Raise why the transfer failed."""
+        self.conclude_state = KVPoll.Failed
+        with self.kv_mgr.failure_lock:
+            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        self.clear()
+        raise KVTransferError(
+            self.bootstrap_room,
+            reason or "failed on another rank",
+            is_from_another_rank=reason is None,
+        )
+
+    def clear(self) -> None:
+        """Forget the request."""
+        raise NotImplementedError
+
+
+class KvqSender(_Poller, CommonKVSender):
+    """Sends one request's pages; SGLang calls `send` after each chunk of its prefill."""
+
+    def __init__(
+        self,
+        mgr: KvqManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        dest_tp_ranks: list[int],
+        pp_rank: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ) -> None:
+        super().__init__(
+            mgr,
+            bootstrap_addr,
+            bootstrap_room,
+            dest_tp_ranks,
+            pp_rank,
+            req_has_disagg_prefill_dp_rank,
+        )
+        self.ticket = mgr.make_ticket(bootstrap_room)
+        self.num_tokens = 0
+        mgr.thread.open_room(bootstrap_room, self.ticket)
+
+    def pop_decode_prefix_len(self) -> int:
+        """Tokens the decode instance has already, a multiple of the page size."""
+        self.num_tokens = int(super().pop_decode_prefix_len())
+        return self.num_tokens
+
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        """Note how many pages there will be, and where the first token's record lies."""
+        super().init(num_kv_indices, aux_index)
+        self.kv_mgr.thread.expect_pages(self.bootstrap_room, num_kv_indices)
+
+    def send(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        state_indices: list[Any] | None = None,
+        num_kv_tokens: int | None = None,
+    ) -> None:
+        """Hand over the pages of a chunk; the transfer thread reads them from the pool.
+
+        Args:
+            kv_indices: [n] pages in order of position.
+            state_indices: Unused: our pools have no other state.
+            num_kv_tokens: Tokens in these pages; only the last one may be partly filled.
+
+        Raises:
+            TransferError: SGLang did not say how many tokens.
+        """
+        if num_kv_tokens is None:
+            raise TransferError("send: expected num_kv_tokens, got None; install sglang==0.5.17")
+        pages, _, is_last, should_skip = self._prepare_send_indices(kv_indices, state_indices)
+        if should_skip:
+            return
+        self._record_transfer_indices(pages, state_indices)
+        blocks = self._cut(pages, num_kv_tokens)
+        if is_last:
+            data = self.kv_mgr.read_metadata(self.aux_index)
+            blocks.append(Block(BlockKind.METADATA, data=data))
+        self.kv_mgr.thread.add_blocks(self.bootstrap_room, blocks, is_last)
+
+    def _cut(self, page_indices: npt.NDArray[np.int32], num_new_tokens: int) -> list[Block]:
+        """Cut a chunk into blocks; nothing here waits for a GPU or copies to one.
+
+        SGLang calls `send` once the results of the batch that wrote the pages are on the host. Only
+        cached pages are sent earlier, and then it sets an event.
+        """
+        manager = self.kv_mgr
+        plan = manager.pool.plan
+        ready = self.__dict__.pop("_early_send_wait_event", None)
+        row_bytes = manager.access.row_bytes(manager.access.heads)
+        sizes = {"block_bytes": manager.config.block_bytes, "ready": ready}
+        first_page = self.num_tokens // PAGE_SIZE
+        self.num_tokens += num_new_tokens
+        pages = np.asarray(page_indices, dtype=np.int64)
+        num_rows = self.num_tokens % PAGE_SIZE
+        closed = pages[:-1] if num_rows and len(pages) else pages
+        blocks: list[Block] = []
+        if first_page == 0 and len(closed) and plan.sink_tokens:
+            rows = (plan.sink_tokens, plan.num_layers, row_bytes)
+            blocks += cut_rows(BlockKind.SINK_ROWS, pages[:1], *rows, **sizes)
+        page_bytes = [layout.page_bytes for layout in plan.layouts]
+        blocks += cut_pages(first_page, closed, page_bytes, **sizes)
+        if num_rows and len(pages):
+            rows = (num_rows, plan.num_layers, row_bytes)
+            blocks += cut_rows(BlockKind.OPEN_ROWS, pages[-1:], *rows, **sizes)
+        return blocks
+
+    def abort(self) -> None:
+        """Give up and tell the decode instance; SGLang frees the pages right after."""
+        reason = "the request was aborted at the prefill instance"
+        self.ticket.fail(reason)
+        self.conclude_state = KVPoll.Failed
+        self.kv_mgr.thread.close_room(self.bootstrap_room, self.ticket, reason)
+
+    def clear(self) -> None:
+        """Forget the request; a decode instance that still waits is told."""
+        self.ticket.forget()
+        self.kv_mgr.thread.close_room(
+            self.bootstrap_room, self.ticket, "the prefill instance dropped the request"
+        )
+        CommonKVSender.clear(self)
+
+
+class KvqReceiver(_Poller, CommonKVReceiver):
+    """Receives one request's pages into slots that SGLang has allocated."""
+
+    def __init__(
+        self, mgr: KvqManager, bootstrap_addr: str, bootstrap_room: int | None = None
+    ) -> None:
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
+        self.ticket = mgr.make_ticket(self.bootstrap_room)
+        self.nonce = secrets.randbits(64)
+        self.endpoints: list[str] = []
+        self.has_pages = False
+
+    def init(self, prefill_dp_rank: int) -> None:
+        """Find the prefill ranks and connect to them."""
+        super().init(prefill_dp_rank)
+        if self.conclude_state == KVPoll.Failed:
+            return
+        self.endpoints = list(dict.fromkeys(endpoint_of(info) for info in self.bootstrap_infos))
+        self.kv_mgr.thread.announce(self.endpoints, self.bootstrap_room, self.nonce, self.ticket)
+
+    def poll(self) -> Any:
+        """As the base; a request waits until all its prefill ranks passed the handshake."""
+        status = super().poll()
+        if status != KVPoll.WaitingForInput or self.has_pages:
+            return status
+        for endpoint in self.endpoints:
+            state, reason = self.kv_mgr.thread.link_state(endpoint)
+            if state is LinkState.REFUSED:
+                self.ticket.fail(reason)
+                return super().poll()
+            if state is LinkState.CONNECTING:
+                return KVPoll.Bootstrapping
+        return status
+
+    def send_metadata(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+    ) -> None:
+        """Ask for the pages.
+
+        Args:
+            kv_indices: [n] pages for what is not here, in order of position.
+            aux_index: Row of the metadata buffers.
+            state_indices: Unused.
+            decode_prefix_len: Tokens that are here, a multiple of the page size.
+        """
+        self.has_pages = True
+        manager = self.kv_mgr
+        transfer = InTransfer(
+            self.bootstrap_room,
+            self.nonce,
+            self.ticket,
+            (decode_prefix_len or 0) // PAGE_SIZE,
+            np.asarray(kv_indices, dtype=np.int64),
+            manager.access.fence(),
+            lambda data: manager.write_metadata(aux_index or 0, data),
+        )
+        self.ticket.advance(lambda: manager.update_status(self.bootstrap_room, KVPoll.Transferring))
+        manager.thread.start_transfer(transfer, self.endpoints, self.required_dst_info_num)
+
+    def abort(self) -> None:
+        """Give up and tell the prefill instance; SGLang frees the pages right after."""
+        reason = self.kv_mgr.refusals.get(
+            self.bootstrap_addr, "the request was aborted at the decode instance"
+        )
+        self.ticket.fail(reason)
+        self.conclude_state = KVPoll.Failed
+        self._close(reason)
+
+    def clear(self) -> None:
+        """Forget the request."""
+        self.ticket.forget()
+        self._close("the decode instance dropped the request")
+        self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
+        CommonKVReceiver.clear(self)
+
+    def _close(self, reason: str) -> None:
+        self.kv_mgr.thread.close_room(
+            self.endpoints, self.bootstrap_room, self.nonce, self.ticket, reason
+        )
+
+
+class KvqBootstrapServer(CommonKVBootstrapServer):
+    """SGLang's own: it tells decode instances where the prefill ranks listen."""

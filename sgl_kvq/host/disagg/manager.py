@@ -1,0 +1,161 @@
+"""SGLang's side of PD transfer on a rank: owns the transfer thread, knows pool and metadata."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+from typing import Any
+
+from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.errors import TransferError
+from sgl_kvq.host.names import CommonKVManager, KVPoll
+from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.host.server_args import quant_config
+from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.transfer.blocks import heads_of_rank
+from sgl_kvq.transfer.decode.client import DecodeThread
+from sgl_kvq.transfer.options import transfer_config
+from sgl_kvq.transfer.prefill.server import PrefillThread
+from sgl_kvq.transfer.protocol.handshake import make_fingerprint, weights_digest
+from sgl_kvq.transfer.protocol.messages import Request
+from sgl_kvq.transfer.runtime.event_loop import Ticket
+
+
+class KvqManager(CommonKVManager):
+    """Owns the transfer thread of a rank; SGLang polls what it writes into `request_status`.
+
+    SGLang registers a prefill rank while it builds the manager, before our socket exists. So
+    `register_to_bootstrap` waits until `start`.
+    """
+
+    def __init__(
+        self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False
+    ) -> None:
+        self._started = False
+        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        # SGLang's own socket would listen beyond loopback, and nothing reads it.
+        self.server_socket.close(linger=0)
+        self._zmq_ctx.term()
+        self.config = transfer_config(server_args)
+        self.thread: Any = None
+        self.access: Any = None
+        self.refusals: dict[str, str] = {}
+
+    def start(self, pool: QuantizedKVPool, num_kv_heads: int, forward_stream: Any) -> None:
+        """Open the transfer thread; `plugin` calls this once the pool is known.
+
+        Args:
+            pool: Of this rank.
+            num_kv_heads: KV heads of the model, over all ranks.
+            forward_stream: Stream that SGLang runs the model on.
+
+        Raises:
+            ConfigError: the address or the keys cannot be used.
+        """
+        config = quant_config(self.server_args)
+        assert config is not None
+        self.pool = pool
+        heads = heads_of_rank(num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
+        self.access = open_pool(pool, heads, forward_stream)
+        fingerprint = make_fingerprint(
+            config,
+            pool.plan.layouts,
+            num_kv_heads,
+            weights_digest(self.server_args.model_path),
+        )
+        instance = secrets.randbits(64)
+        if str(pool.device) == "cpu":
+            # SGLang's early sending of cached pages waits for a CUDA event.
+            os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+        if self.disaggregation_mode.value == "prefill":
+            self.thread = PrefillThread(
+                self.config,
+                self.access,
+                fingerprint,
+                instance,
+                self.attn_tp_rank,
+                self._on_asked,
+                lambda room: self.update_status(room, KVPoll.Transferring),
+                lambda room: self.update_status(room, KVPoll.Success),
+            )
+            host, port = self.config.advertise
+            self.rank_port = port or self.thread.port
+            if host is not None or self.config.host not in ("0.0.0.0", "::"):
+                self.local_ip = host or self.config.host
+            self._started = True
+            self.register_to_bootstrap()
+        else:
+            self.thread = DecodeThread(
+                self.config,
+                self.access,
+                fingerprint,
+                instance,
+                lambda transfer: self.update_status(transfer.room, KVPoll.Success),
+                self._on_link_down,
+            )
+        self.thread.start()
+
+    def register_to_bootstrap(self) -> None:
+        """Tell the bootstrap server where this rank listens, once it does."""
+        if self._started:
+            super().register_to_bootstrap()
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """As SGLang's, but a prefill instance that does not fit fails its requests, not us."""
+        try:
+            return bool(super().try_ensure_parallel_info(bootstrap_addr))
+        except (RuntimeError, AssertionError) as error:
+            self.refusals[bootstrap_addr] = str(error)
+            return False
+
+    def _on_asked(self, room: int, request: Request) -> None:
+        self.req_to_decode_prefix_len[room] = request.prefix_pages * PAGE_SIZE
+        self.update_status(room, KVPoll.WaitingForInput)
+
+    def _on_link_down(self, endpoint: str) -> None:
+        """The prefill instance may come back elsewhere: ask its bootstrap server again."""
+        with self.connection_lock:
+            for key, infos in list(self.connection_pool.items()):
+                if any(endpoint_of(info) == endpoint for info in infos):
+                    del self.connection_pool[key]
+
+    def make_ticket(self, room: int) -> Ticket:
+        """State of a request; a failure shows up in its next poll."""
+
+        def fail(reason: str) -> None:
+            self.record_failure(room, reason)
+            self.update_status(room, KVPoll.Failed)
+
+        return Ticket(fail)
+
+    def read_metadata(self, index: int) -> bytes:
+        """SGLang's record of a request's first token: one row of each metadata buffer."""
+        args = self.kv_args
+        return b"".join(
+            ctypes.string_at(pointer + index * size, size)
+            for pointer, size in zip(args.aux_data_ptrs, args.aux_item_lens, strict=True)
+        )
+
+    def write_metadata(self, index: int, data: bytes) -> None:
+        """Store what `read_metadata` returned on the other side.
+
+        Raises:
+            TransferError: another size than this instance's buffers have.
+        """
+        args = self.kv_args
+        if len(data) != sum(args.aux_item_lens):
+            raise TransferError(
+                f"first-token record: expected {sum(args.aux_item_lens)} bytes, got {len(data)}; "
+                f"run the same SGLang on both instances"
+            )
+        offset = 0
+        for pointer, size in zip(args.aux_data_ptrs, args.aux_item_lens, strict=True):
+            ctypes.memmove(pointer + index * size, data[offset : offset + size], size)
+            offset += size
+
+
+def endpoint_of(bootstrap_info: dict[str, Any]) -> str:
+    """tcp:// address of a prefill rank."""
+    host = str(bootstrap_info["rank_ip"])
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{bootstrap_info['rank_port']}"

@@ -1,0 +1,166 @@
+"""Replace the host's pool sizing and construction when `--kv-quant` is on."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from sgl_kvq.config import KVQuantConfig
+from sgl_kvq.formats.calibration import layer_formats
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.host.allocator import KvqCpuPagedAllocator, KvqPagedAllocator
+from sgl_kvq.host.names import MemoryPoolConfig, get_disagg, get_exec, get_parallel, get_schedule
+from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
+
+logger = logging.getLogger(__name__)
+
+
+def make_layouts(
+    config: KVQuantConfig, model_config: Any, tp_size: int, model_dtype: torch.dtype
+) -> tuple[PageLayout, ...]:
+    """Layout of a page row in each layer of a model, on one rank.
+
+    Args:
+        config: The options.
+        model_config: SGLang's `ModelConfig`.
+        tp_size: Ranks that share the heads.
+        model_dtype: Type of the model's activations; 32-bit models keep bfloat16 rows.
+    """
+    return tuple(
+        PageLayout(
+            format=of_layer,
+            head_dim=model_config.head_dim,
+            num_kv_heads=model_config.get_num_kv_heads(tp_size),
+            row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,
+            hadamard_block=config.hadamard_block,
+        )
+        for of_layer in layer_formats(
+            config.format, config.config_file, model_config.num_hidden_layers
+        )
+    )
+
+
+def check_memory(args: Any, model_config: Any, config: KVQuantConfig) -> None:
+    """Refuse a layout or `--kv-quant-memory-gb` that cannot be, before any process starts.
+
+    Args:
+        args: SGLang's `ServerArgs`.
+        model_config: SGLang's `ModelConfig`.
+        config: The options.
+
+    Raises:
+        ConfigError: says what does not fit and how much is needed.
+    """
+    layouts = make_layouts(config, model_config, args.tp_size, model_config.dtype)
+    if config.memory_gb is None:
+        return
+    plan_pool(
+        int(config.memory_gb * 2**30),
+        layouts,
+        config.sink_tokens,
+        args.max_running_requests,
+        args.max_total_tokens,
+    )
+
+
+def resolve_pool_config(
+    configurator: Any, config: KVQuantConfig, pre_model_load_memory: int
+) -> Any:
+    """Size the pool from real bytes; see `KVCacheConfigurator._resolve_memory_pool_config`.
+
+    Args:
+        configurator: SGLang's `KVCacheConfigurator`.
+        config: The options.
+        pre_model_load_memory: Free GiB before the weights were loaded.
+
+    Returns:
+        SGLang's `MemoryPoolConfig`.
+
+    Raises:
+        ConfigError: too little memory.
+    """
+    if config.memory_gb is None:
+        budget = configurator._profile_available_bytes(pre_model_load_memory)
+    else:
+        budget = int(config.memory_gb * 2**30)
+    # Requests whose pages are still on the way to a decode instance hold open pages, too.
+    arriving = 0
+    if get_disagg().disaggregation_mode == "decode":
+        arriving = get_disagg().disaggregation_decode_extra_slots or 0
+    requested = get_schedule().max_running_requests
+    if requested is not None:
+        requested = max(1, requested // configurator.ps.attn_dp_size) + arriving
+    plan = _plan(configurator, config, budget, requested)
+    max_tokens = configurator._apply_token_constraints(plan.num_tokens)
+    if max_tokens < plan.num_tokens:
+        plan = _plan(configurator, config, budget, requested, max_tokens)
+    return MemoryPoolConfig(
+        max_total_num_tokens=plan.num_tokens,
+        max_running_requests=max(1, plan.open_slots - arriving),
+        mem_fraction_static=get_schedule().mem_fraction_static,
+    )
+
+
+def _plan(
+    configurator: Any,
+    config: KVQuantConfig,
+    budget: int,
+    open_slots: int | None,
+    max_tokens: int | None = None,
+) -> PoolPlan:
+    return plan_pool(
+        budget,
+        _rank_layouts(configurator, config),
+        config.sink_tokens,
+        open_slots,
+        max_tokens,
+    )
+
+
+def _rank_layouts(configurator: Any, config: KVQuantConfig) -> tuple[PageLayout, ...]:
+    """Layouts of the layers of this rank."""
+    layouts = make_layouts(
+        config, configurator.model_config, get_parallel().attn_tp_size, configurator.model_dtype
+    )
+    first = configurator.layer_info.start_layer
+    return layouts[first : first + configurator.layer_info.num_effective_layers]
+
+
+def build_pool(
+    configurator: Any, config: KVQuantConfig, num_tokens: int, open_slots: int
+) -> QuantizedKVPool:
+    """Build the pool; see `KVCacheConfigurator._build_token_to_kv_pool`.
+
+    Args:
+        configurator: SGLang's `KVCacheConfigurator`.
+        config: The options.
+        num_tokens: Capacity, a multiple of the page size.
+        open_slots: Rows of the request pool: each holds at most one open page.
+    """
+    return QuantizedKVPool(
+        PoolPlan(
+            layouts=_rank_layouts(configurator, config),
+            sink_tokens=config.sink_tokens,
+            num_pages=num_tokens // configurator.page_size,
+            open_slots=open_slots,
+        ),
+        device=configurator.device,
+        start_layer=configurator.layer_info.start_layer,
+        enable_memory_saver=get_exec().features.enable_memory_saver,
+    )
+
+
+def build_allocator(configurator: Any, pool: QuantizedKVPool) -> Any:
+    """Build the allocator; see `KVCacheConfigurator._build_token_to_kv_pool_allocator`."""
+    allocator_cls = KvqCpuPagedAllocator if configurator.device == "cpu" else KvqPagedAllocator
+    return allocator_cls(
+        pool.size,
+        page_size=pool.page_size,
+        dtype=pool.dtype,
+        device=configurator.device,
+        kvcache=pool,
+        need_sort=get_disagg().disaggregation_mode in ("decode", "prefill"),
+    )

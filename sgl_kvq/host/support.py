@@ -1,0 +1,192 @@
+"""What quantized pages do not support, refused at start with one line that says what to do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
+from sgl_kvq.errors import ConfigError
+from sgl_kvq.host.names import AttentionArch, AttentionType, RadixAttention, mambaish_config
+from sgl_kvq.host.server_args import BACKEND
+from sgl_kvq.transfer.options import TRANSFER_BACKEND
+
+logger = logging.getLogger(__name__)
+
+# Option of ServerArgs, the values --kv-quant works with, and what to do otherwise.
+_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("page_size", (None, PAGE_SIZE), "drop the option: pages are the quantization block"),
+    ("attention_backend", (None, BACKEND), "drop the option"),
+    ("prefill_attention_backend", (None, BACKEND), "drop the option"),
+    ("decode_attention_backend", (None, BACKEND), "drop the option"),
+    ("kv_cache_dtype", ("auto",), "drop the option: --kv-quant says how KV is stored"),
+    ("speculative_algorithm", (None,), "run without speculative decoding"),
+    ("disaggregation_decode_enable_offload_kvcache", (False,), "drop the option"),
+    ("enable_hierarchical_cache", (False,), "drop the option"),
+    ("enable_hisparse", (False,), "drop the option"),
+    ("enable_lmcache", (False,), "drop the option"),
+    ("enable_unified_memory", (False,), "drop the option"),
+    ("enable_page_major_kv_layout", (False,), "drop the option"),
+    ("prefill_only_disable_kv_cache", (False,), "drop the option"),
+    ("enable_two_batch_overlap", (False,), "drop the option"),
+    ("enable_pdmux", (False,), "drop the option"),
+    ("enable_streaming_session", (False,), "drop the option"),
+    ("enable_mis", (False,), "drop the option"),
+    ("dllm_algorithm", (None,), "drop the option"),
+    ("cuda_graph_backend_decode", (None, "full", "disabled"), "drop the option"),
+    ("cuda_graph_backend_prefill", (None, "disabled"), "drop the option"),
+    ("dcp_size", (1,), "use --tp-size instead"),
+    ("attn_cp_size", (1,), "use --tp-size instead"),
+    ("pp_size", (1,), "use --tp-size instead"),
+)
+
+
+def check_options(args: Any) -> None:
+    """Refuse server options that quantized pages cannot honour.
+
+    Args:
+        args: SGLang's `ServerArgs` as the user gave them.
+
+    Raises:
+        ConfigError: names the option, what is expected, what came and what to do.
+    """
+    for name, supported, advice in _OPTIONS:
+        value = getattr(args, name, supported[0])
+        if value not in supported:
+            flag = "--" + name.replace("_", "-")
+            expected = " or ".join(str(option) for option in supported if option is not None)
+            raise ConfigError(
+                f"--kv-quant with {flag}: expected {expected or 'it unset'}, got {value}; {advice}"
+            )
+    backend = args.disaggregation_transfer_backend
+    if args.disaggregation_mode not in ("null", None) and backend != TRANSFER_BACKEND:
+        raise ConfigError(
+            f"--kv-quant with --disaggregation-mode {args.disaggregation_mode}: expected "
+            f"--disaggregation-transfer-backend {TRANSFER_BACKEND}, got {backend}; add it"
+        )
+    if args.max_total_tokens is not None and args.max_total_tokens < MIN_PAGES * PAGE_SIZE:
+        raise ConfigError(
+            f"--kv-quant with --max-total-tokens: expected at least {MIN_PAGES * PAGE_SIZE}, "
+            f"got {args.max_total_tokens}; raise it"
+        )
+    chunk = args.chunked_prefill_size
+    if chunk is not None and chunk > 0 and chunk % PAGE_SIZE:
+        raise ConfigError(
+            f"--kv-quant with --chunked-prefill-size: expected a multiple of {PAGE_SIZE}, "
+            f"got {chunk}; use {max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE)}"
+        )
+
+
+def choose_graphs(args: Any) -> None:
+    """Turn off the CUDA graphs that this backend does not fill.
+
+    Decode runs in graphs on a GPU. Prefill does not: what a step reads and which pages it closes
+    is planned on the host.
+
+    Args:
+        args: SGLang's `ServerArgs`, changed in place.
+    """
+    if torch.accelerator.is_available():
+        args.disable_prefill_cuda_graph = True
+        logger.info(
+            "--kv-quant: SGLang's prefill CUDA graph is off, because the pages that a prefill step "
+            "reads and closes are planned on the host; decode runs in CUDA graphs"
+        )
+    else:
+        args.disable_cuda_graph = True
+
+
+def check_device() -> None:
+    """Refuse an accelerator that the kernels do not run on.
+
+    Raises:
+        ConfigError: says what is there.
+    """
+    if not torch.accelerator.is_available():
+        return
+    expected = "--kv-quant: expected a CPU, or an NVIDIA GPU of compute capability 8.0 or more"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        device = torch.accelerator.current_accelerator()
+        raise ConfigError(f"{expected}, got {device}; run without --kv-quant")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise ConfigError(
+            f"{expected}, got {torch.cuda.get_device_name()} with {capability[0]}.{capability[1]}; "
+            f"run without --kv-quant"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Refuse models whose attention is not plain causal attention over per-head K and V.
+
+    Args:
+        model: SGLang's `ModelConfig`.
+
+    Raises:
+        ConfigError: names the property and what to do.
+    """
+    reasons = (
+        (model.attention_arch != AttentionArch.MHA, "multi-head latent attention (MLA)"),
+        (model.is_hybrid_swa, "sliding-window attention"),
+        (mambaish_config(model) is not None, "Mamba or linear-attention layers"),
+        (model.is_encoder_decoder, "an encoder"),
+        (not model.is_generation, "embedding or reward output"),
+        (getattr(model, "has_attention_sinks", False), "learned attention sinks"),
+        (model.head_dim != model.v_head_dim, "different head dims of K and V"),
+        (getattr(model, "is_multimodal", False), "image or audio input"),
+    )
+    for found, what in reasons:
+        if found:
+            architecture = ", ".join(model.hf_config.architectures or ["unknown"])
+            raise ConfigError(
+                f"--kv-quant: this model ({architecture}) has {what}, which quantized pages do not "
+                f"support; run it without --kv-quant"
+            )
+    if model.head_dim % 16:
+        raise ConfigError(
+            f"--kv-quant: expected a head_dim that is a multiple of 16, got {model.head_dim}; run "
+            f"this model without --kv-quant"
+        )
+
+
+def check_layers(model: Any) -> list[Any]:
+    """Refuse a loaded model with an attention layer that plain causal attention does not cover.
+
+    This looks at the layers themselves, so that a model class nobody thought of is refused
+    instead of served wrongly.
+
+    Args:
+        model: The loaded `torch.nn.Module`.
+
+    Returns:
+        Its attention layers (SGLang's `RadixAttention`).
+
+    Raises:
+        ConfigError: names the layer and the property.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    ids = [layer.layer_id for layer in layers]
+    if not layers or len(set(ids)) != len(ids):
+        raise ConfigError(
+            f"--kv-quant: {type(model).__name__} has {len(ids)} attention layers with "
+            f"{len(set(ids))} different ids, expected one KV per layer; run it without --kv-quant"
+        )
+    for layer in layers:
+        reasons = (
+            (layer.logit_cap > 0, "capped logits"),
+            (layer.sliding_window_size > -1, "a sliding window"),
+            (layer.is_cross_attention, "cross attention"),
+            (layer.attn_type != AttentionType.DECODER, f"attention type {layer.attn_type}"),
+            (layer.use_irope, "interleaved RoPE"),
+            (getattr(layer, "xai_temperature_len", -1) > 0, "a length-dependent temperature"),
+            (layer.qk_head_dim != layer.v_head_dim, "different head dims of K and V"),
+        )
+        for found, what in reasons:
+            if found:
+                raise ConfigError(
+                    f"--kv-quant: layer {layer.layer_id} of {type(model).__name__} has {what}, "
+                    f"which is not supported; run this model without --kv-quant"
+                )
+    return layers

@@ -1,0 +1,1 @@
+"""What several GPU kernels share: page specifications, register layouts, tile helpers."""

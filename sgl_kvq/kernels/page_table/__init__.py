@@ -1,0 +1,1 @@
+"""The page table of a decode batch, made on the device."""

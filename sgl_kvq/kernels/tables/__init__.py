@@ -1,1 +1,0 @@
-"""Page tables of a decode step."""

@@ -1,0 +1,1 @@
+"""Reads spans of a pool's pages and rows and writes them."""

@@ -1,0 +1,149 @@
+"""What both instances must have in common, and the message when they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import xxhash
+
+from sgl_kvq.config import PAGE_SIZE, KVQuantConfig
+from sgl_kvq.errors import TransferError
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.transfer.protocol.messages import Fingerprint
+
+_SAMPLE_BYTES = 1024
+
+
+def make_fingerprint(
+    config: KVQuantConfig, layouts: tuple[PageLayout, ...], num_kv_heads: int, weights: str
+) -> Fingerprint:
+    """Everything that decides what a page's bytes mean, and whether they are of the same model.
+
+    Args:
+        config: The options of `--kv-quant`.
+        layouts: Of a page row of this rank in each layer.
+        num_kv_heads: KV heads of the model, over all ranks.
+        weights: See `weights_digest`.
+    """
+    layout = layouts[0]
+    return {
+        "format": config.format,
+        "K coding": _by_layer([repr(layout.format.k) for layout in layouts]),
+        "V coding": _by_layer([repr(layout.format.v) for layout in layouts]),
+        "head bytes": _by_layer([str(layout.head_bytes) for layout in layouts]),
+        "page fields": _by_layer([_fields(layout) for layout in layouts]),
+        "page size": PAGE_SIZE,
+        "prefill mode": config.prefill,
+        "sink tokens": config.sink_tokens,
+        "Hadamard order": layout.rotation_order,
+        "head_dim": layout.head_dim,
+        "KV heads": num_kv_heads,
+        "row type": str(layout.row_dtype),
+        "layers": len(layouts),
+        "weights": weights,
+        "--kv-quant-config": _file_digest(config.config_file),
+    }
+
+
+def _fields(layout: PageLayout) -> str:
+    return ",".join(f"{name}@{field.offset_bytes}" for name, field in layout.fields.items())
+
+
+def _by_layer(values: list[str]) -> str:
+    """What all layers have, or a digest of what each has: texts on the wire are bounded."""
+    if len(set(values)) == 1:
+        return values[0]
+    return f"by layer, digest {xxhash.xxh3_64_hexdigest(';'.join(values).encode())}"
+
+
+def digest(fingerprint: Fingerprint) -> int:
+    """uint64 of a fingerprint; every block header carries it."""
+    return xxhash.xxh3_64_intdigest(msgpack.packb(sorted(fingerprint.items())))
+
+
+def check_fingerprint(prefill: Fingerprint, decode: Fingerprint) -> None:
+    """Refuse two instances that do not fit together.
+
+    Raises:
+        TransferError: every differing field with both sides' values.
+    """
+    names = [*prefill, *(name for name in decode if name not in prefill)]
+    differences = [
+        f"{name}: prefill {prefill.get(name, 'unset')}, decode {decode.get(name, 'unset')}"
+        for name in names
+        if prefill.get(name) != decode.get(name)
+    ]
+    if differences:
+        raise TransferError(
+            f"prefill and decode instances differ in {'; '.join(differences)}; start both with the "
+            f"same model and --kv-quant options"
+        )
+
+
+def _file_digest(path: str | None) -> str:
+    return "unset" if path is None else xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
+
+
+def weights_digest(model_path: str) -> str:
+    """Digest of a model's weights, from three samples of every tensor.
+
+    Reads 3 KiB a tensor instead of the whole file: retrained weights differ everywhere.
+
+    Args:
+        model_path: `--model-path`, a folder or a name in the local Hugging Face cache.
+
+    Returns:
+        16 hexadecimal digits; of the path itself when no weight file is found.
+    """
+    folder = _local_folder(model_path)
+    state = xxhash.xxh3_64()
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    files = files or (sorted(folder.glob("*.bin")) if folder else [])
+    if not files:
+        return xxhash.xxh3_64_hexdigest(model_path.encode())
+    for path in files:
+        for sample in _samples(path):
+            state.update(sample)
+    return state.hexdigest()
+
+
+def _local_folder(model_path: str) -> Path | None:
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model_path, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _samples(path: Path) -> list[bytes]:
+    """Header of a weight file and the first, middle and last bytes of each tensor."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        header_bytes = int.from_bytes(file.read(8), "little") if path.suffix != ".bin" else 0
+        header = file.read(header_bytes)
+        samples = [size.to_bytes(8, "little"), header]
+        for begin, end in _tensor_ranges(header) or [(0, size - 8 - header_bytes)]:
+            for offset in (begin, (begin + end) // 2, max(begin, end - _SAMPLE_BYTES)):
+                file.seek(8 + header_bytes + offset)
+                samples.append(file.read(min(_SAMPLE_BYTES, end - offset)))
+        return samples
+
+
+def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
+    """Byte ranges of the tensors of a safetensors header, in order."""
+    if not header:
+        return []
+    import json
+
+    tensors: dict[str, Any] = json.loads(header)
+    return sorted(
+        (int(tensor["data_offsets"][0]), int(tensor["data_offsets"][1]))
+        for name, tensor in tensors.items()
+        if name != "__metadata__"
+    )

@@ -1,0 +1,1 @@
+"""What both sides share: event loop, request state, worker pool, CURVE, metrics."""

@@ -1,0 +1,264 @@
+"""The thread that owns a rank's sockets, and the flag it shares with the scheduler thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+import zmq
+
+from sgl_kvq.errors import KvqError
+from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.protocol.handshake import digest
+from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, MAX_BLOCKS
+from sgl_kvq.transfer.protocol.messages import MAX_MESSAGE_BYTES, Fingerprint
+from sgl_kvq.transfer.runtime.metrics import TransferMetrics
+from sgl_kvq.transfer.runtime.workers import Helpers
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+ALIVE_S = 1.0
+MESSAGES_A_ROUND = 8
+MAX_FRAMES = MAX_BLOCKS + 2
+CONTROL, BLOCK = b"C", b"B"
+_NOBLOCK = int(zmq.NOBLOCK)  # pyzmq's flags are an enum, whose operators are slow
+
+
+class Ticket:
+    """One request's state, written by several threads; nothing happens to it once it is over.
+
+    Args:
+        on_failure: Called with the reason, once, unless the transfer succeeded before.
+    """
+
+    def __init__(self, on_failure: Callable[[str], None]) -> None:
+        self.lock = threading.Lock()
+        self.over = False
+        self._ending = False
+        self._writers = 0
+        self._drained = threading.Condition(self.lock)
+        self._on_failure = on_failure
+
+    def fail(self, reason: str) -> bool:
+        """End the transfer with a reason; False if it was over already.
+
+        Whatever it returns, nobody is in `write` any more and nobody will be.
+        """
+        with self.lock:
+            self._drain()
+            if self.over:
+                return False
+            self.over = True
+            self._on_failure(reason)
+            return True
+
+    def finish(self, on_success: Callable[[], None]) -> bool:
+        """End the transfer well, with every write behind it; False if it was over already."""
+        with self.lock:
+            if self.over:
+                return False
+            on_success()
+            self.over = True
+            return True
+
+    def forget(self) -> None:
+        """End the transfer, if it is not over, and tell nobody; as `fail`, after every write."""
+        with self.lock:
+            self._drain()
+            self.over = True
+
+    def _drain(self) -> None:
+        self._ending = True
+        while self._writers:
+            self._drained.wait()
+
+    def write(self, step: Callable[[], None]) -> None:
+        """Run something only if the transfer is not over; several threads may at the same time."""
+        with self.lock:
+            if self.over or self._ending:
+                return
+            self._writers += 1
+        try:
+            step()
+        finally:
+            with self.lock:
+                self._writers -= 1
+                if self._ending:
+                    self._drained.notify_all()
+
+    def advance(self, step: Callable[[], None]) -> None:
+        """Run something only if the transfer is not over."""
+        with self.lock:
+            if not self.over:
+                step()
+
+
+class TransferThread(threading.Thread):
+    """Runs posted commands, received messages and a tick; nothing else touches the sockets.
+
+    Args:
+        side: "prefill" or "decode".
+        config: The options.
+        access: The pool of this rank.
+        fingerprint: What the other side must have in common.
+        instance: Drawn by this process, uint64.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        config: TransferConfig,
+        access: PoolAccess,
+        fingerprint: Fingerprint,
+        instance: int,
+    ) -> None:
+        super().__init__(name=f"kvq-transfer-{side}", daemon=True)
+        self.config, self.access, self.instance = config, access, instance
+        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
+        self.metrics = TransferMetrics(side)
+        self.context = zmq.Context()
+        self.poller = zmq.Poller()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.poller.register(self._wake, zmq.POLLIN)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._stopping = threading.Event()
+        self._settling = False
+        self.helpers = Helpers(config.helpers if access.shareable else 0, self._on_job_done)
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run a command in this thread soon; may be called from any thread."""
+        self._commands.append(command)
+        with suppress(OSError):  # closed: the thread has ended
+            os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """End the thread and close its sockets; waits for both."""
+        self._stopping.set()
+        self.post(lambda: None)
+        if self.is_alive():
+            self.join(timeout=5)
+
+    def make_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A socket whose peer cannot make it hang, grow without bound, or linger."""
+        socket = self.context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = 0  # the window bounds what is on the way
+        socket.maxmsgsize = max(MAX_BLOCK_BYTES, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        return socket
+
+    def run(self) -> None:
+        """Loop until `stop`."""
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        self.helpers.start()
+        next_tick = next_alive = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                wait_s = 0.0 if self.work() else max(0.0, next_tick - time.monotonic())
+                ready = dict(self.poller.poll(int(wait_s * 1000)))
+                if ready.pop(self._wake, None):
+                    with suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                while self._commands:
+                    self._guard(self._commands.popleft())
+                for socket in ready:
+                    self._guard(lambda socket=socket: self.receive(socket))  # type: ignore[misc]
+                now = time.monotonic()
+                if now >= next_tick:
+                    self._guard(self.tick)
+                    self.metrics.flush()
+                    next_tick = now + TICK_S
+                if now >= next_alive:
+                    self._guard(self.send_alive)
+                    next_alive = now + ALIVE_S
+        finally:
+            self._guard(self.close)
+            self.helpers.stop()
+            os.close(self._wake)
+            self.context.destroy(linger=0)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """One bad step must not end the transfers of all others."""
+        try:
+            step()
+        except Exception:
+            logger.exception("kvq-zmq: a step of the transfer thread failed")
+
+    def _on_job_done(self) -> None:
+        """In a helper: one `settle` for all jobs that are done when it begins."""
+        if not self._settling:
+            self._settling = True
+            self.post(self._settle)
+
+    def _settle(self) -> None:
+        self._settling = False
+        self.settle()
+
+    def settle(self) -> None:
+        """Go on with blocks that helpers have worked on."""
+        raise NotImplementedError
+
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        """Take a bounded number of messages from a readable socket; bad ones are dropped."""
+        with suppress(zmq.Again):
+            for _ in range(MESSAGES_A_ROUND):
+                frames = _receive_frames(socket)
+                try:
+                    self.on_frames(socket, frames)
+                except KvqError as error:
+                    self.count_refused(error)
+
+    def count_refused(self, error: KvqError) -> None:
+        """Note a message or block that makes no sense."""
+        self.metrics.refused.inc()
+        logger.debug("kvq-zmq: message dropped: %s", error)
+
+    def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
+        """Handle one message.
+
+        Raises:
+            KvqError: it makes no sense; nothing was changed.
+        """
+        raise NotImplementedError
+
+    def work(self) -> bool:
+        """Do a bounded piece of queued work; True if more is left."""
+        return False
+
+    def tick(self) -> None:
+        """Look after deadlines; every `TICK_S`."""
+        raise NotImplementedError
+
+    def send_alive(self) -> None:
+        """Tell every peer what this side works on; every `ALIVE_S`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Fail what is open and close the sockets."""
+        raise NotImplementedError
+
+
+def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """A message as it lies in ZeroMQ's memory; of too many frames only so many that it shows.
+
+    Raises:
+        zmq.Again: there is none.
+    """
+    frames = [socket.recv(_NOBLOCK, copy=False)]
+    while frames[-1].more:
+        frame = socket.recv(copy=False)
+        if len(frames) > MAX_FRAMES:
+            frames.pop()
+        frames.append(frame)
+    return frames

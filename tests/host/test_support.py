@@ -1,0 +1,45 @@
+"""Which CUDA graphs a server with `--kv-quant` captures, and what its log says about it."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sgl_kvq.host.support import choose_graphs
+
+
+def test_on_a_gpu_the_prefill_graph_is_off_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    args = SimpleNamespace()
+    with caplog.at_level(logging.INFO, "sgl_kvq"):
+        choose_graphs(args)
+    assert vars(args) == {"disable_prefill_cuda_graph": True}
+    (line,) = caplog.messages
+    assert "prefill CUDA graph is off, because" in line
+    assert "decode runs in CUDA graphs" in line
+
+
+def test_on_a_cpu_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = SimpleNamespace()
+    choose_graphs(args)
+    assert vars(args) == {"disable_cuda_graph": True}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_server_s_options(model_path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    args = prepare_server_args(["--model-path", model_path, "--kv-quant", "hack2"])
+    assert args.cuda_graph_config.prefill.backend == "disabled"
+    assert args.cuda_graph_config.decode.backend == "full"
+    assert "prefill CUDA graph is off, because" in capfd.readouterr().err
