@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.registry import get_format
 
-PAGE_SIZE = 64
-"""Tokens per page: the quantization block, the radix-tree granule and the wire block."""
-
 MIN_PAGES = 4
 """Smallest pool worth starting a server for."""
 

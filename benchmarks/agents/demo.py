@@ -5,8 +5,8 @@ Usage: python -m benchmarks.agents.demo [--model DIR] [--out out] [--formats bf1
 
 Serves one model several times, one server after the other, with the same bytes of KV memory and
 the same flags: first stock SGLang with its 16-bit cache, then `--kv-quant FORMAT`. Each server
-answers the same agents (`benchmarks.agents.sessions`), whose transcripts together are about four times
-what the 16-bit cache holds. Prints one table and writes `demo.json` and `demo.png`.
+answers the same agents (`benchmarks.agents.sessions`), whose transcripts together are about four
+times what the 16-bit cache holds. Prints one table and writes `demo.json` and `demo.png`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.calibration import (
     LayerBasis,
     change_basis,

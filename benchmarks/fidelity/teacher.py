@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from benchmarks.fidelity.history import FormatHistory
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 
 ATTENTION_NAME = "kvq_teacher"
 QUERY_ROWS = 512  # queries whose attention to earlier pages is one call

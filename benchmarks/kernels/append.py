@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from benchmarks.kernels.decode import make_cache, make_table
 from benchmarks.kernels.harness import time_interleaved, write_results
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.api import PagedLayers, close_pages

@@ -26,7 +26,7 @@ from benchmarks.kernels.harness import (
     time_interleaved,
     write_results,
 )
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode

@@ -21,7 +21,7 @@ from benchmarks.kernels.decode import make_cache
 from benchmarks.kernels.harness import time_interleaved, write_results
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.upload import upload_extend
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.api import append

@@ -2,13 +2,14 @@
 
 Usage: python -m benchmarks.pd.bench [--agents] [--model DIR] [--links NAME ...] [--out FILE.csv]
 
-Links without delay are a veth pair shaped by tc's tbf; the one with delay is `benchmarks.pd.tun_link`,
-because netem is a module that many kernels lack. The column `how` says which.
+Links without delay are a veth pair shaped by tc's tbf; the one with delay is
+`benchmarks.pd.tun_link`, because netem is a module that many kernels lack. The column `how` says
+which.
 Each link carries bf16 and hack2 pages: the time to transfer a prompt of 2,048 tokens of an 8B
 model's geometry, from the first block to the last answer, checksums and CURVE on. With `--agents` a
 prefill instance in the other namespace and a decode instance with SGLang's router in this one serve
-the agents of `benchmarks.agents.sessions` over the same links, and TTFT and JCT are reported. KV travels in
-16 bits or as codes, whatever the model computes in.
+the agents of `benchmarks.agents.sessions` over the same links, and TTFT and JCT are reported. KV
+travels in 16 bits or as codes, whatever the model computes in.
 """
 
 from __future__ import annotations

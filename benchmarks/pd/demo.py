@@ -3,7 +3,8 @@
 Usage: python -m benchmarks.pd.demo [--model DIR] [--out out] [--formats bf16 hack2]
 
 Starts a prefill instance, a decode instance and the router for each format, lets the agents of
-`benchmarks.agents.sessions` work, and reads from the prefill instance's metrics what went over the wire.
+`benchmarks.agents.sessions` work, and reads from the prefill instance's metrics what went over the
+wire.
 One server of the same format that does both then scores the answers as the demo does: the share
 of their tokens that it would have chosen at the same place. Prints a table, writes `demo_pd.json`.
 A CPU without bfloat16 instructions computes in float32; what is cached and shipped stays the same.

@@ -30,7 +30,7 @@ from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import default_helpers
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
@@ -103,7 +103,7 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
         last = Block(BlockKind.METADATA, data=bytes(2048))
         asked.clear()
         done.clear()
-        thread.open_room(room, Ticket(print))
+        thread.open_room(room, RequestState(print))
         asked.wait()
         began = time.perf_counter()
         thread.add_blocks(room, [*blocks, last], True)
@@ -125,7 +125,7 @@ def _receive_end(pipe: Any, spec: EndSpec) -> None:
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         room, endpoint = order
-        ticket, done = Ticket(print), threading.Event()
+        ticket, done = RequestState(print), threading.Event()
         thread.announce([endpoint], room, room, ticket)
         while thread.link_state(endpoint)[0] is not LinkState.READY:
             time.sleep(0.01)

@@ -9,8 +9,8 @@ import torch
 
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.upload import ExtendBatch, upload_extend
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError, KvqError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.attention import KvqAttnBackend
 from sgl_kvq.host.rank_basis import RankBasis

@@ -13,6 +13,9 @@ Arithmetic = Literal["integer", "dequantize"]
 
 MAX_PARTITION = 64
 
+PAGE_SIZE = 64
+"""Tokens per page: the quantization block, the radix-tree granule and the wire block."""
+
 FINE_BITS = 2
 """Further bits of a boosted channel."""
 

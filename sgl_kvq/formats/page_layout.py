@@ -8,8 +8,14 @@ from functools import cached_property
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import FINE_BITS, Coding, QuantFormat, hadamard_order, partition_size
+from sgl_kvq.formats.base import (
+    FINE_BITS,
+    PAGE_SIZE,
+    Coding,
+    QuantFormat,
+    hadamard_order,
+    partition_size,
+)
 
 ALIGNMENT_BYTES = 16
 

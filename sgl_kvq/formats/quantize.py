@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import FINE_BITS, SHRUNK, Coding
+from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE, SHRUNK, Coding
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.cpu_platform.allocator import CpuPagedAllocator
 from sgl_kvq.host.names import EvictParams, PagedTokenToKVPoolAllocator
 from sgl_kvq.host.pool import QuantizedKVPool

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.pool import QuantizedKVPool
 
 PREFIX = "sgl_kvq:"

@@ -1,7 +1,7 @@
 """Every SGLang name this package relies on, in one place, with the version it was tested on.
 
-Names resolve lazily (`from sgl_kvq.host.names import KVCache` imports only what KVCache needs), so that
-importing this module costs nothing while `--kv-quant` is off.
+Names resolve lazily (`from sgl_kvq.host.names import KVCache` imports only what KVCache needs), so
+that importing this module costs nothing while `--kv-quant` is off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from typing import Any
 from sgl_kvq.errors import ConfigError, HostError
 
 TESTED_VERSION = "0.5.17"
+BACKEND = "kvq"
+"""Attention backend we register."""
+
+TRANSFER_BACKEND = "kvq-zmq"
+"""PD transfer backend we register."""
+
 ALLOW_UNTESTED_ENV = "SGL_KVQ_ALLOW_UNTESTED_SGLANG"
 
 _NAMES = {

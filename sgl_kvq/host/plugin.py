@@ -12,8 +12,8 @@ from typing import Any
 
 from sgl_kvq.errors import HostError
 from sgl_kvq.host import names as host
-from sgl_kvq.host.server_args import BACKEND, KvqServerArgs, quant_config
-from sgl_kvq.transfer.options import TRANSFER_BACKEND
+from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND
+from sgl_kvq.host.server_args import KvqServerArgs, quant_config
 
 _registered = False
 

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import KvqError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.names import GPU_MEMORY_TYPE_KV_CACHE, KVCache
 from sgl_kvq.memory_pool.capacity import PoolPlan

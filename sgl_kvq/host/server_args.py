@@ -6,13 +6,12 @@ import dataclasses
 import sys
 from typing import Annotated, Any, Optional  # SGLang's parser reads these annotations at run time
 
-from sgl_kvq.config import PAGE_SIZE, PREFILL_MODES, KVQuantConfig
+from sgl_kvq.config import PREFILL_MODES, KVQuantConfig
 from sgl_kvq.errors import ConfigError, KvqError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
-from sgl_kvq.host.names import NS, Arg, ServerArgs, check_version
-from sgl_kvq.transfer.options import TRANSFER_BACKEND, TransferArgs, transfer_config
-
-BACKEND = "kvq"
+from sgl_kvq.host.names import BACKEND, NS, TRANSFER_BACKEND, Arg, ServerArgs, check_version
+from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
 
 
 @dataclasses.dataclass

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
+from sgl_kvq.config import MIN_PAGES
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.host.names import AttentionArch, AttentionType, RadixAttention, mambaish_config
-from sgl_kvq.host.server_args import BACKEND
-from sgl_kvq.transfer.options import TRANSFER_BACKEND
+from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.host.names import (
+    BACKEND,
+    TRANSFER_BACKEND,
+    AttentionArch,
+    AttentionType,
+    RadixAttention,
+    mambaish_config,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sgl_kvq.config import MIN_PAGES, PAGE_SIZE
+from sgl_kvq.config import MIN_PAGES
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 
 PAGES_PER_OPEN_SLOT = 288

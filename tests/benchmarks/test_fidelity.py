@@ -13,7 +13,7 @@ from benchmarks.fidelity.needle import count_hits, needle_texts
 from benchmarks.fidelity.outliers import inject
 from benchmarks.fidelity.served import diverges_at
 from benchmarks.fidelity.teacher import Teacher, page_attention
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 
 
 @pytest.mark.parametrize("window_pages", [0, 1, 2])

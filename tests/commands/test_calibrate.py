@@ -21,8 +21,8 @@ from sgl_kvq.commands.calibrate.budget import (
     left_over,
 )
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.calibration import KvqBits, layer_formats
 
 HEADS, GQA, D = 2, 3, 64

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.calibration import (
     Chosen,
     KvqBits,

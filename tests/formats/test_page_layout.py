@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import Coding, QuantFormat, hadamard_order, partition_size
+from sgl_kvq.formats.base import PAGE_SIZE, Coding, QuantFormat, hadamard_order, partition_size
 from sgl_kvq.formats.page_layout import ALIGNMENT_BYTES, PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 

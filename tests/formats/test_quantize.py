@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.harness import named_format
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import SHRUNK, Coding
+from sgl_kvq.formats.base import PAGE_SIZE, SHRUNK, Coding
 from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout

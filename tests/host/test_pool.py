@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import KvqError, PoolExhaustedError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.host.allocator import KvqCpuPagedAllocator

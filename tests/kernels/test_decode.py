@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import partition_size
+from sgl_kvq.formats.base import PAGE_SIZE, partition_size
 from sgl_kvq.formats.dequantize import unpack_planes
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.decode import reference

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_oracle import serve
 
 from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.__main__ import main
 from sgl_kvq.formats.calibration import layer_formats
 from sgl_kvq.formats.registry import get_format
+from tests.serving.test_oracle import serve
 
 PROMPT, DECODED = 330, 70
 NUM_LAYERS = 3  # of the short model

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_served_basis import offline
 from transformers import AutoConfig
 
 from sgl_kvq.formats.calibration import Chosen, KvqBits, default_basis, save_bases
+from tests.serving.test_calibrated import offline
 from tests.support.hf_oracle import oracle_logprobs
 
 PROMPT, NEW_TOKENS = 2150, 70

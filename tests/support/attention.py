@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.kernels.harness import named_format
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages

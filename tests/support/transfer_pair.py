@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE, KVQuantConfig
-from sgl_kvq.formats.base import QuantFormat
+from sgl_kvq.config import KVQuantConfig
+from sgl_kvq.formats.base import PAGE_SIZE, QuantFormat
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
@@ -28,7 +28,7 @@ from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 NUM_LAYERS = 3
 NUM_HEADS = 4
@@ -75,10 +75,10 @@ class Outcome:
 
     result: str = ""
     reason: str = ""
-    ticket: Ticket = field(init=False)
+    ticket: RequestState = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ticket = Ticket(self._fail)
+        self.ticket = RequestState(self._fail)
 
     def _fail(self, reason: str) -> None:
         self.result, self.reason = "failed", reason

@@ -10,6 +10,7 @@ with one valid input of each kind, which no mutation would find: headers carry a
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import atheris
 
@@ -24,7 +25,7 @@ import torch
 from sgl_kvq.errors import WireError
 from sgl_kvq.memory_pool.page_io.cuda import open_pool
 from sgl_kvq.transfer.blocks import HeadRange
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 from tests.support.transfer_pair import make_pool
 
 FINGERPRINT, NONCE, ROOM = 11, 12, 13
@@ -41,7 +42,7 @@ def part() -> inbound.InPart:
     transfer = inbound.InTransfer(
         ROOM,
         NONCE,
-        Ticket(lambda reason: None),
+        RequestState(lambda reason: None),
         0,
         PAGES.numpy(),
         [],

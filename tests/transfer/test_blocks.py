@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import WireError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.memory_pool.page_io.cuda import open_pool
 from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
 from sgl_kvq.transfer.options import TransferConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.transfer.options import TransferConfig
 from tests.support.proxy import Proxy
 from tests.support.transfer_pair import (

@@ -17,7 +17,7 @@ from sgl_kvq.transfer.decode.assembly import InPart, InTransfer
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, payload_checksum
 from sgl_kvq.transfer.runtime import workers as helpers
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import HELPED_BYTES, Helpers, Job
 from tests.support.transfer_pair import (
     NUM_HEADS,
@@ -106,7 +106,7 @@ def test_every_byte_arrives(format_name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_end_of_a_transfer_waits_for_what_is_being_written() -> None:
     reasons: list[str] = []
-    ticket = Ticket(reasons.append)
+    ticket = RequestState(reasons.append)
     entered, gate, written = threading.Event(), threading.Event(), []
 
     def step() -> None:
@@ -138,7 +138,7 @@ def test_a_place_is_claimed_while_its_block_is_verified() -> None:
     access = open_pool(make_pool(num_pages=8), HeadRange(0, NUM_HEADS))
     metadata: list[bytes] = []
     transfer = InTransfer(
-        1, 2, Ticket(lambda reason: None), 0, np.array([3, 5]), [], metadata.append
+        1, 2, RequestState(lambda reason: None), 0, np.array([3, 5]), [], metadata.append
     )
     part = InPart(transfer, access, 11, 1)
     transfer.parts.append(part)

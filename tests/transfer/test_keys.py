@@ -11,7 +11,8 @@ import pytest
 
 from sgl_kvq.__main__ import main
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.transfer.options import TransferArgs, TransferConfig, is_loopback, transfer_config
+from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
+from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.protocol.handshake import weights_digest
 
 

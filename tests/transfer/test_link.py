@@ -10,8 +10,8 @@ import torch
 import zmq
 from prometheus_client import REGISTRY
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import HEADER_BYTES
 from sgl_kvq.transfer.runtime.event_loop import TICK_S

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.kernels.append.cpu import ClosingPages, DecodeAppend, ExtendAppend
 from sgl_kvq.kernels.decode.reference import DecodePlan, plan_decode

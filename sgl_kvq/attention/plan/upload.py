@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.extend.api import ScratchFills
 from sgl_kvq.kernels.extend.passes import (

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import hadamard_order
+from sgl_kvq.formats.base import PAGE_SIZE, hadamard_order
 from sgl_kvq.formats.calibration import LayerBasis
 from sgl_kvq.formats.hadamard import rotate
 

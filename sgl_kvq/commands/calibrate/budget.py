@@ -17,9 +17,8 @@ from itertools import combinations_with_replacement
 import torch
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import FINE_BITS
+from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import Chosen, KvqBits, LayerBasis
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout

@@ -20,9 +20,8 @@ from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
 from sgl_kvq.commands.calibrate.budget import Choice, choose_bits
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.commands.calibrate.text import default_text
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import FINE_BITS
+from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import save_bases
 
 ATTENTION_NAME = "kvq_calibrate"

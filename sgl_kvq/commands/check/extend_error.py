@@ -7,7 +7,7 @@ import math
 import torch
 
 from sgl_kvq.commands.check.samples import GQA_GROUP, SEQ_LENS, Sample
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 

@@ -9,7 +9,7 @@ import torch
 
 from sgl_kvq.commands.check.extend_error import extend_error
 from sgl_kvq.commands.check.samples import GQA_GROUP, SEQ_LENS, SINK_TOKENS, Sample, make_sample
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 
 SEQ_LENS = (1, 64, 200, 1000)

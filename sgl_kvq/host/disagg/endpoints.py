@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import TransferError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.disagg.manager import KvqManager, endpoint_of
 from sgl_kvq.host.names import (
     CommonKVBootstrapServer,
@@ -22,7 +22,7 @@ from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows
 from sgl_kvq.transfer.decode.assembly import InTransfer
 from sgl_kvq.transfer.decode.link import LinkState
 from sgl_kvq.transfer.protocol.header import BlockKind
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class _Poller:
@@ -31,7 +31,7 @@ class _Poller:
     kv_mgr: KvqManager
     bootstrap_room: int
     conclude_state: Any
-    ticket: Ticket
+    ticket: RequestState
 
     def poll(self) -> Any:
         """SGLang's `KVPoll` of this request."""

@@ -7,19 +7,19 @@ import os
 import secrets
 from typing import Any
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.errors import TransferError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.host.server_args import quant_config
+from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.memory_pool.page_io.cuda import open_pool
 from sgl_kvq.transfer.blocks import heads_of_rank
 from sgl_kvq.transfer.decode.client import DecodeThread
-from sgl_kvq.transfer.options import transfer_config
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.protocol.messages import Request
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class KvqManager(CommonKVManager):
@@ -120,14 +120,14 @@ class KvqManager(CommonKVManager):
                 if any(endpoint_of(info) == endpoint for info in infos):
                     del self.connection_pool[key]
 
-    def make_ticket(self, room: int) -> Ticket:
+    def make_ticket(self, room: int) -> RequestState:
         """State of a request; a failure shows up in its next poll."""
 
         def fail(reason: str) -> None:
             self.record_failure(room, reason)
             self.update_status(room, KVPoll.Failed)
 
-        return Ticket(fail)
+        return RequestState(fail)
 
     def read_metadata(self, index: int) -> bytes:
         """SGLang's record of a request's first token: one row of each metadata buffer."""

@@ -22,8 +22,8 @@ from typing import Any
 
 import triton.language as tl
 
-from sgl_kvq.config import PAGE_SIZE
 from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.common.gluon import constexpr_function, gl
 from sgl_kvq.kernels.common.page_spec import CodingSpec, PageSpec
 

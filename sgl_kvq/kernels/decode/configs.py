@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.common.page_spec import PageSpec
 
 ROWS_PER_UNIT = 16  # of the open page

@@ -18,8 +18,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
-from sgl_kvq.config import PAGE_SIZE
-from sgl_kvq.formats.base import FINE_BITS, Arithmetic, Coding
+from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE, Arithmetic, Coding
 from sgl_kvq.formats.dequantize import unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout

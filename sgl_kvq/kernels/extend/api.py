@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.api import TouchedPages
 from sgl_kvq.kernels.common.page_spec import page_spec

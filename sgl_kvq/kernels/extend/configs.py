@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 
 # Bytes of 16-bit K and V that a pass over the cached prefix may take. One buffer serves all layers.
 SCRATCH_BYTES = 128 << 20

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.extend.configs import prefill_backend
 from sgl_kvq.kernels.extend.passes import AttentionPass
 

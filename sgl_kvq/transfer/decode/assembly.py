@@ -15,7 +15,7 @@ from sgl_kvq.transfer.blocks import HeadRange, PageIds
 from sgl_kvq.transfer.codecs import decode_payload
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, Buffer, check_payload
 from sgl_kvq.transfer.protocol.messages import MAX_LIST, Request
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
 Bools = npt.NDArray[np.bool_]
@@ -40,7 +40,7 @@ class InTransfer:
         self,
         room: int,
         nonce: int,
-        ticket: Ticket,
+        ticket: RequestState,
         prefix_pages: int,
         pages: PageIds,
         fence: list[Any],

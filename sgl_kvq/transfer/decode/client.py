@@ -37,7 +37,8 @@ from sgl_kvq.transfer.protocol.messages import (
     Welcome,
     parse_message,
 )
-from sgl_kvq.transfer.runtime.event_loop import BLOCK, CONTROL, Ticket, TransferThread
+from sgl_kvq.transfer.runtime.event_loop import BLOCK, CONTROL, TransferThread
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class DecodeThread(TransferThread):
         link = self.links.get(endpoint)
         return (link.state, link.reason) if link else (LinkState.CONNECTING, "")
 
-    def announce(self, endpoints: list[str], room: int, nonce: int, ticket: Ticket) -> None:
+    def announce(self, endpoints: list[str], room: int, nonce: int, ticket: RequestState) -> None:
         """A request has arrived that will be asked for at these prefill ranks."""
         self.post(lambda: self._announce(endpoints, room, nonce, ticket))
 
@@ -89,14 +90,14 @@ class DecodeThread(TransferThread):
         self.post(lambda: self._start(transfer, endpoints, peers))
 
     def close_room(
-        self, endpoints: list[str], room: int, nonce: int, ticket: Ticket, reason: str | None
+        self, endpoints: list[str], room: int, nonce: int, ticket: RequestState, reason: str | None
     ) -> None:
         """The request is over; with a reason, prefill ranks are told."""
         self.post(lambda: self._close_room(endpoints, room, nonce, ticket, reason))
 
     # Everything below runs in this thread.
 
-    def _announce(self, endpoints: list[str], room: int, nonce: int, ticket: Ticket) -> None:
+    def _announce(self, endpoints: list[str], room: int, nonce: int, ticket: RequestState) -> None:
         for endpoint in endpoints:
             try:
                 link = self._connections.get_or_connect(endpoint)
@@ -128,7 +129,7 @@ class DecodeThread(TransferThread):
         self._send(link, part.request())
 
     def _close_room(
-        self, endpoints: list[str], room: int, nonce: int, ticket: Ticket, reason: str | None
+        self, endpoints: list[str], room: int, nonce: int, ticket: RequestState, reason: str | None
     ) -> None:
         for endpoint in endpoints:
             link = self.links.get(endpoint)

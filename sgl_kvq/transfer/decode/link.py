@@ -11,7 +11,7 @@ import zmq
 
 from sgl_kvq.transfer.blocks import HeadRange
 from sgl_kvq.transfer.decode.assembly import InPart, Landing
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class LinkState(Enum):
@@ -47,7 +47,7 @@ class Link:
     broken: bool = False
     opened: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
-    waiting: dict[int, tuple[int, Ticket, float]] = field(default_factory=dict)
+    waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, InPart] = field(default_factory=dict)
     landings: deque[Landing] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from sgl_kvq.transfer.protocol.header import (
     payload_checksum,
 )
 from sgl_kvq.transfer.protocol.messages import Request
-from sgl_kvq.transfer.runtime.event_loop import Ticket
+from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
 MAX_TRIES = 5
@@ -61,7 +61,9 @@ class Reading(Job):
         header: As sent, once the work is done.
     """
 
-    def __init__(self, outbound: Outbound, seq: int, ticket: Ticket, tools: ReadingTools) -> None:
+    def __init__(
+        self, outbound: Outbound, seq: int, ticket: RequestState, tools: ReadingTools
+    ) -> None:
         self.outbound, self.seq, self.ticket, self._tools = outbound, seq, ticket, tools
         self.block = block = outbound.room.blocks[seq]
         self.buffer: Bytes | None = None
@@ -242,7 +244,7 @@ class OutRoom:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.ticket: Ticket | None = None  # None until the request itself arrives
+        self.ticket: RequestState | None = None  # None until the request itself arrives
         self.blocks: list[Block] = []
         self.complete = False
         self.num_pages: int | None = None

@@ -33,7 +33,8 @@ from sgl_kvq.transfer.protocol.messages import (
     parse_message,
 )
 from sgl_kvq.transfer.runtime.curve import secure_server
-from sgl_kvq.transfer.runtime.event_loop import CONTROL, Ticket, TransferThread
+from sgl_kvq.transfer.runtime.event_loop import CONTROL, TransferThread
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class PrefillThread(TransferThread):
 
     # Called from the scheduler thread.
 
-    def open_room(self, room: int, ticket: Ticket) -> None:
+    def open_room(self, room: int, ticket: RequestState) -> None:
         """A request has arrived; its transfer may begin when the decode instance asks."""
         self.post(lambda: self._open(room, ticket))
 
@@ -121,13 +122,13 @@ class PrefillThread(TransferThread):
         """These blocks can leave."""
         self.post(lambda: self._add(room, blocks, is_last))
 
-    def close_room(self, room: int, ticket: Ticket, reason: str | None) -> None:
+    def close_room(self, room: int, ticket: RequestState, reason: str | None) -> None:
         """The request is over; with a reason, peers that wait for blocks are told."""
         self.post(lambda: self._close_room(room, ticket, reason))
 
     # Everything below runs in this thread.
 
-    def _open(self, room: int, ticket: Ticket) -> None:
+    def _open(self, room: int, ticket: RequestState) -> None:
         out = self.rooms.setdefault(room, OutRoom(room))
         if out.ticket is not None and out.ticket is not ticket:
             ticket.fail(f"room {room} is taken by another request; rooms must be unique")
@@ -153,7 +154,7 @@ class PrefillThread(TransferThread):
         if out is not None:
             out.add_blocks(blocks, is_last)
 
-    def _close_room(self, room: int, ticket: Ticket, reason: str | None) -> None:
+    def _close_room(self, room: int, ticket: RequestState, reason: str | None) -> None:
         out = self.rooms.get(room)
         if out is None or out.ticket is not ticket:
             return

@@ -8,8 +8,9 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import xxhash
 
-from sgl_kvq.config import PAGE_SIZE, KVQuantConfig
+from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.errors import TransferError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.transfer.protocol.messages import Fingerprint
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.kernels.harness import named_format
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import contain_non_finite, encode_pages

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel

@@ -8,7 +8,7 @@ import torch
 from benchmarks.kernels.harness import named_format
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.upload import upload_extend
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names

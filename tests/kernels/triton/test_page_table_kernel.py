@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.config import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.page_table.api import DecodeTables
 from sgl_kvq.memory_pool.storage import SlotMaps
 

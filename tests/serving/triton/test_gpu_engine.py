@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_extend_kernel import TorchAttention
 
 from sgl_kvq.attention import cpu as torch_backend
 from sgl_kvq.attention import gpu as gpu_backend
 from sgl_kvq.formats.calibration import Chosen, KvqBits, default_basis, save_bases
+from tests.kernels.triton.test_extend_kernel import TorchAttention
 from tests.support.compare import logprob_differences
 from tests.support.model_folders import make_model
 
