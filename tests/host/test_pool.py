@@ -120,8 +120,8 @@ def test_cpu_copy_brings_a_request_back_elsewhere() -> None:
 
 def test_cpu_copy_of_whole_pages_leaves_the_slots_of_neighbours_alone() -> None:
     """A page that closed keeps a stale entry to a slot that a running neighbour may hold by now."""
-    pool, allocator = make(num_pages=8, open_slots=1)
-    for _ in range(8):  # every page's table entry points at the one slot
+    pool, allocator = make(num_pages=50, open_slots=1)
+    for _ in range(50):  # every page's table entry points at the one slot
         page = extend(allocator, [0], [10], [-1])
         assert page is not None
         allocator.free(page)
