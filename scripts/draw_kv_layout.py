@@ -23,7 +23,7 @@ COLORS = {
     "scales": "#e0913f",
     "mins": "#c8b45a",
     "sums": "#7a9e5f",
-    "fine": "#6a51a3",
+    "extra": "#6a51a3",
 }
 
 

@@ -22,7 +22,7 @@ MAX_COPIES = 32
 
 
 def named_format(name: str) -> QuantFormat:
-    """A format of `--kv-quant`, or K:BOOSTED:V, a coding that `calibrate --budget-bits` chooses."""
+    """A format of `--kv-quant`, or K:OUTLIER:V, a coding that `calibrate --budget-bits` chooses."""
     return kvq_format("kvq2", *map(int, name.split(":"))) if ":" in name else get_format(name)
 
 

@@ -16,11 +16,11 @@ MAX_PARTITION = 64
 PAGE_SIZE = 64
 """Tokens per page: the quantization block, the radix-tree granule and the wire block."""
 
-FINE_BITS = 2
-"""Further bits of a boosted channel."""
+EXTRA_BITS = 2
+"""Low-order bits that an outlier channel has besides the coding's own."""
 
-SHRUNK = (0.9, 0.8, 0.7, 0.6)
-"""Ranges that fitted codings try besides maximum - minimum, as shares of it."""
+CLIP_RATIOS = (0.9, 0.8, 0.7, 0.6)
+"""Clipping ratios tried by the MSE range search besides 1, as shares of maximum - minimum."""
 
 
 def partition_size(head_dim: int) -> int:
@@ -67,10 +67,10 @@ class Coding:
         whole_head: On the token axis, one group spans the whole head instead of <= 64 channels.
         rotated: Channels are multiplied by a block-diagonal Hadamard matrix before coding.
         rounding: "even" rounds to nearest, ties to even; "half_up" is floor(x + 0.5).
-        fitted: (scale, min) is the one of several ranges with the least squared error, instead of
-            the range from minimum to maximum; not of boosted channels.
-        boosted_16ths: K on the channel axis only: this many sixteenths of the channels, the
-            leading ones, get `FINE_BITS` further bits.
+        mse_clipping: (scale, min) is the one of several clipping ratios with the least squared
+            error, instead of the range from minimum to maximum; not of outlier channels.
+        outlier_16ths: K on the channel axis only: this many sixteenths of the channels, the
+            leading ones, get `EXTRA_BITS` extra bits.
     """
 
     num_bits: int
@@ -78,16 +78,16 @@ class Coding:
     whole_head: bool = False
     rotated: bool = False
     rounding: Rounding = "even"
-    fitted: bool = False
-    boosted_16ths: int = 0
+    mse_clipping: bool = False
+    outlier_16ths: int = 0
 
     def __post_init__(self) -> None:
         if self.num_bits not in (2, 4, 8, 16):
             raise ValueError(f"num_bits: expected 2, 4, 8 or 16, got {self.num_bits}")
-        if self.boosted_16ths and (self.axis != "channel" or self.num_bits not in (2, 4)):
+        if self.outlier_16ths and (self.axis != "channel" or self.num_bits not in (2, 4)):
             raise ValueError(
-                f"boosted_16ths: expected 0 unless channels have scales and 2 or 4 bits, got "
-                f"{self.boosted_16ths} with axis {self.axis} and {self.num_bits} bits"
+                f"outlier_16ths: expected 0 unless channels have scales and 2 or 4 bits, got "
+                f"{self.outlier_16ths} with axis {self.axis} and {self.num_bits} bits"
             )
 
     @property
@@ -105,10 +105,10 @@ class Coding:
         """Codes per byte. Field i of byte j holds channel `i * head_dim / num_planes + j`."""
         return 8 // self.num_bits
 
-    def num_boosted(self, head_dim: int) -> int:
-        """Leading channels with `FINE_BITS` further bits; they fill whole bytes."""
-        per_byte = 8 // FINE_BITS
-        return head_dim * self.boosted_16ths // 16 // per_byte * per_byte
+    def num_outliers(self, head_dim: int) -> int:
+        """Leading channels with `EXTRA_BITS` extra bits; they fill whole bytes."""
+        per_byte = 8 // EXTRA_BITS
+        return head_dim * self.outlier_16ths // 16 // per_byte * per_byte
 
     def num_groups(self, head_dim: int) -> int:
         """Groups of channels of one token (token axis), or channels (channel axis)."""

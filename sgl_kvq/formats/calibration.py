@@ -31,7 +31,7 @@ class KvqBits(NamedTuple):
     """Codings of a member of the kvq family, see `sgl_kvq.formats.kvq.kvq_format`."""
 
     k: int
-    boosted_16ths: int
+    outlier_16ths: int
     v: int
 
 
@@ -58,7 +58,7 @@ class LayerBasis:
 
     Args:
         k: float32 [num_kv_heads, head_dim, head_dim], to the basis K is stored in; its first
-            channels are those that a boosted format gives more bits.
+            channels are those that a format with outlier channels gives more bits.
         v: Likewise for V.
     """
 
@@ -101,8 +101,8 @@ def default_basis(head_dim: int, num_kv_heads: int) -> LayerBasis:
     """Basis without calibration.
 
     K: channels that RoPE turns slowest first. Errors in them add up over distances and queries
-    weigh them most (SmolLM2-135M: boosting the slowest quarter leaves 0.05 nats of KL, any other
-    quarter 0.12). V: the Hadamard matrix, which spreads outliers over all channels.
+    weigh them most (SmolLM2-135M: extra bits for the slowest quarter leave 0.05 nats of KL, for any
+    other quarter 0.12). V: the Hadamard matrix, which spreads outliers over all channels.
 
     Args:
         head_dim: Channels of a head, RoPE's pairs being `i` and `i + head_dim / 2`.
@@ -183,7 +183,7 @@ def layer_formats(name: str, config_file: str | None, num_layers: int) -> list[Q
     if len(layers) != num_layers or not set(layers) <= set(KVQ_CHOICES):
         raise ConfigError(
             f"--kv-quant-config: expected for each of {num_layers} layers K 2 or 4 bits, 0 to 16 "
-            f"boosted sixteenths, V 2 or 4 bits, {config_file} has {chosen.get('layers')}; "
+            f"outlier sixteenths, V 2 or 4 bits, {config_file} has {chosen.get('layers')}; "
             f"calibrate this model"
         )
     return [kvq_format(name, *bits) for bits in layers]

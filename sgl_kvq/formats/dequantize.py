@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.formats.base import FINE_BITS, Coding
+from sgl_kvq.formats.base import EXTRA_BITS, Coding
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 
@@ -53,9 +53,9 @@ def decode_keys(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     if coding.is_raw:
         return codes.float()
     steps = unpack_planes(codes, coding.num_planes, -1).float()
-    if boosted := coding.num_boosted(layout.head_dim):
-        fine = unpack_planes(layout.view(rows, "k_fine"), 8 // FINE_BITS, -1)
-        steps[..., :boosted] += fine * 0.5**FINE_BITS
+    if outliers := coding.num_outliers(layout.head_dim):
+        extra = unpack_planes(layout.view(rows, "k_extra"), 8 // EXTRA_BITS, -1)
+        steps[..., :outliers] += extra * 0.5**EXTRA_BITS
     values = _affine(steps, rows, "k", coding, layout)
     return rotate(values, layout.rotation_order) if coding.rotated else values
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from sgl_kvq.formats.base import (
-    FINE_BITS,
+    EXTRA_BITS,
     PAGE_SIZE,
     Coding,
     QuantFormat,
@@ -56,8 +56,8 @@ class PageLayout:
     `k_codes` uint8 [P, D*B/8], `k_scales` and `k_mins` bfloat16 [D] (channel axis) or [groups, P]
     (token axis), `k_sums` [partitions, P], then `v_codes` uint8 [D*B/8, P] (token-contiguous),
     `v_scales`, `v_mins`, and `v_sums` [D]. Sums exist in homomorphic formats only. With 16 bits
-    the codes are the rows themselves, [P, D]. Boosted formats end K with `k_fine` uint8
-    [P, boosted/4].
+    the codes are the rows themselves, [P, D]. Formats with outlier channels end K with `k_extra`
+    uint8 [P, outliers/4].
 
     Args:
         format: What K and V store.
@@ -119,8 +119,8 @@ class PageLayout:
         fields = [(f"{prefix}_codes", codes, torch.uint8), *self._meta_fields(prefix, coding)]
         if self.format.has_sums:
             fields.append((f"{prefix}_sums", sums, _sum_dtype(terms, coding.max_code)))
-        if boosted := coding.num_boosted(self.head_dim):
-            fields.append((f"{prefix}_fine", (PAGE_SIZE, boosted * FINE_BITS // 8), torch.uint8))
+        if outliers := coding.num_outliers(self.head_dim):
+            fields.append((f"{prefix}_extra", (PAGE_SIZE, outliers * EXTRA_BITS // 8), torch.uint8))
         return fields
 
     def _meta_fields(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE, SHRUNK, Coding
+from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, PAGE_SIZE, Coding
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 
@@ -22,8 +22,8 @@ def quantize_groups(
 
     m = bf16(low), s = bf16((high - m) / max_code), 1 where that is not positive;
     code = clip(round((x - m) / s), 0, max_code); value = code * s + m. low and high are minimum and
-    maximum; fitted codings also try ranges `SHRUNK` times as wide about the same middle and take
-    the first with the least sum of squared errors.
+    maximum; MSE-clipped codings also try ranges `CLIP_RATIOS` times as wide about the same middle
+    and take the first with the least sum of squared errors.
 
     Args:
         x: float32, any shape, finite.
@@ -45,9 +45,9 @@ def quantize_groups(
     low, high = lowest.amin(dim, keepdim=True), highest.amax(dim, keepdim=True)
     top = coding.max_code if max_code is None else max_code
     codes, scales, mins = _quantize_range(x, low, high, coding, top)
-    if coding.fitted:
+    if coding.mse_clipping:
         least = _squared_error(x, codes, scales, mins, dim, excluded)
-        for width in SHRUNK:
+        for width in CLIP_RATIOS:
             cut = (high - low) * ((1 - width) / 2)
             tried = _quantize_range(x, low + cut, high - cut, coding, top)
             error = _squared_error(x, *tried, dim, excluded)
@@ -183,12 +183,12 @@ def _encode_tensor(
         x = rotate(x, layout.rotation_order)
     if coding.axis == "channel":
         codes, scales, mins = quantize_groups(x, coding, dim=2, excluded=is_sink)
-        if boosted := coding.num_boosted(layout.head_dim):
-            fine, fine_scales, fine_mins = _boost(x[..., :boosted], coding, is_sink)
-            codes[..., :boosted] = fine >> FINE_BITS
-            scales[..., :boosted], mins[..., :boosted] = fine_scales, fine_mins
-            low_bits = fine & ((1 << FINE_BITS) - 1)
-            layout.view(pages, f"{name}_fine").copy_(pack_planes(low_bits, 8 // FINE_BITS, -1))
+        if outliers := coding.num_outliers(layout.head_dim):
+            extra, extra_scales, extra_mins = _quantize_outliers(x[..., :outliers], coding, is_sink)
+            codes[..., :outliers] = extra >> EXTRA_BITS
+            scales[..., :outliers], mins[..., :outliers] = extra_scales, extra_mins
+            low_bits = extra & ((1 << EXTRA_BITS) - 1)
+            layout.view(pages, f"{name}_extra").copy_(pack_planes(low_bits, 8 // EXTRA_BITS, -1))
         scales, mins = scales.squeeze(2), mins.squeeze(2)  # [N, H, D]
     else:
         groups = coding.num_groups(layout.head_dim)
@@ -210,16 +210,16 @@ def _encode_tensor(
             layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
 
 
-def _boost(
+def _quantize_outliers(
     x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code boosted channels x [N, H, P, boosted] with `FINE_BITS` further bits, none cut off.
+    """Code outlier channels x [N, H, P, outliers] with `EXTRA_BITS` extra bits, none cut off.
 
     Returns:
-        codes like x; scales, of the leading bits (exactly 2^FINE_BITS steps), and mins
-        [N, H, 1, boosted].
+        codes like x; scales, of the leading bits (exactly 2^EXTRA_BITS steps), and mins
+        [N, H, 1, outliers].
     """
-    max_code = (coding.max_code + 1 << FINE_BITS) - 1
-    whole = replace(coding, fitted=False)
+    max_code = (coding.max_code + 1 << EXTRA_BITS) - 1
+    whole = replace(coding, mse_clipping=False)
     codes, scales, mins = quantize_groups(x, whole, dim=2, excluded=is_sink, max_code=max_code)
-    return codes, scales * (1 << FINE_BITS), mins
+    return codes, scales * (1 << EXTRA_BITS), mins

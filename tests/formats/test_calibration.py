@@ -129,7 +129,7 @@ def test_a_file_may_choose_bits_by_layer(tmp_path: Path) -> None:
     chosen = Chosen("kvq4", [KvqBits(4, 2, 2), KvqBits(2, 3, 4)])
     save_bases(Path(path), bases, {"model": "m"}, chosen)
     found = layer_formats("kvq4", path, 2)
-    assert [KvqBits(f.k.num_bits, f.k.boosted_16ths, f.v.num_bits) for f in found] == chosen.layers
+    assert [KvqBits(f.k.num_bits, f.k.outlier_16ths, f.v.num_bits) for f in found] == chosen.layers
     assert {f.name for f in found} == {"kvq4"}
     assert load_bases(path, 2, HEADS, D)[0].k.shape == (HEADS, D, D)
     with pytest.raises(ConfigError, match=r"chose bits for --kv-quant kvq4, got kvq2"):

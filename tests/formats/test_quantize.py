@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.harness import named_format
-from sgl_kvq.formats.base import PAGE_SIZE, SHRUNK, Coding
+from sgl_kvq.formats.base import CLIP_RATIOS, PAGE_SIZE, Coding
 from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
@@ -98,8 +98,8 @@ def test_round_trip_is_within_half_a_step(name: str, head_dim: int) -> None:
                 y.transpose(2, 3).repeat_interleave(repeat, dim=-1) for y in (scales, mins)
             )
         budget = scales * (0.5 + coding.max_code * 2**-9) + mins.abs() * 2**-9 + 1e-6
-        inside = torch.full_like(exact, not coding.fitted, dtype=torch.bool)
-        if coding.fitted:  # a fitted range cuts off what lies outside
+        inside = torch.full_like(exact, not coding.mse_clipping, dtype=torch.bool)
+        if coding.mse_clipping:  # an MSE-clipped range cuts off what lies outside
             top = mins + (coding.max_code + 1) * scales
             inside = (exact >= mins) & (exact <= top - scales)
             assert inside.float().mean() > 0.8
@@ -114,10 +114,10 @@ def test_a_fitted_range_is_the_best_of_those_tried() -> None:
     x[1, 3] = 100.0  # an outlier is cut off
     is_out = torch.zeros(40, 64, dtype=torch.bool)
     is_out[:, :4] = True
-    codes, scales, mins = quantize_groups(x, Coding(2, fitted=True), -1, is_out)
+    codes, scales, mins = quantize_groups(x, Coding(2, mse_clipping=True), -1, is_out)
     error = (codes * scales.double() + mins - x.double())[:, 4:].square().sum(1)
     tried = []
-    for width in (1.0, *SHRUNK):
+    for width in (1.0, *CLIP_RATIOS):
         kept = x[:, 4:]
         low, high = kept.amin(1, keepdim=True), kept.amax(1, keepdim=True)
         cut = (high - low) * ((1 - width) / 2)
@@ -131,8 +131,8 @@ def test_a_fitted_range_is_the_best_of_those_tried() -> None:
     assert (codes[:, :4] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "num_boosted"), [("kvq2", 24), ("kvq4", 4), ("4:2:2", 8)])
-def test_boosted_channels_have_two_bits_more(name: str, num_boosted: int) -> None:
+@pytest.mark.parametrize(("name", "num_outliers"), [("kvq2", 24), ("kvq4", 4), ("4:2:2", 8)])
+def test_outlier_channels_have_two_bits_more(name: str, num_outliers: int) -> None:
     """Their values lie within an eighth of the stored step; the other channels' do not."""
     generator = torch.Generator().manual_seed(5)
     layout = PageLayout(named_format(name), 64, 2)
@@ -140,8 +140,8 @@ def test_boosted_channels_have_two_bits_more(name: str, num_boosted: int) -> Non
     rows = encode_pages(k, k, torch.zeros(3, dtype=torch.int32), layout)
     error = (decode_keys(rows, layout) - k.float().transpose(1, 2)).abs()
     steps = error / layout.view(rows, "k_scales").float().unsqueeze(2)
-    assert steps[..., :num_boosted].quantile(0.99) <= 0.13
-    assert steps[..., num_boosted:].quantile(0.99) > 0.4
+    assert steps[..., :num_outliers].quantile(0.99) <= 0.13
+    assert steps[..., num_outliers:].quantile(0.99) > 0.4
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])

@@ -14,7 +14,7 @@ from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 CHOSEN_BITS = ("4:2:2", "2:16:2", "2:5:4", "4:16:4")
-"""Members of the kvq family that only a calibrated file asks for: K, boosted sixteenths, V."""
+"""Members of the kvq family that only a calibrated file asks for: K, outlier sixteenths, V."""
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,20 @@ import torch
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import Chosen, KvqBits, LayerBasis
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import quantize_groups
 from sgl_kvq.formats.registry import get_format
 
-CANDIDATES = tuple(KvqBits(k, boosted, v) for k in (2, 4) for boosted in range(9) for v in (2, 4))
+CANDIDATES = tuple(KvqBits(k, outliers, v) for k in (2, 4) for outliers in range(9) for v in (2, 4))
 
-COARSE_WEIGHT, FINE_WEIGHT = 4.0, 1.5
+COARSE_WEIGHT, EXTRA_WEIGHT = 4.0, 1.5
 """What errors in K cost against their prediction: those of 2-bit codes in the leading half of the
-channels, and others. The exponential makes more of large errors (SmolLM2-135M: boosting 4 channels
-more gains 3.5 to 4.8 times the prediction at 2 bits, 1.0 to 1.6 times at 4; V costs 0.8 to 1.1)."""
+channels, and others. The exponential makes more of large errors (SmolLM2-135M: extra bits for 4
+more channels gain 3.5 to 4.8 times the prediction at 2 bits, 1.0 to 1.6 times at 4; V costs 0.8 to
+1.1)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def bits_per_element(bits: KvqBits, head_dim: int) -> float:
 def named_bits(name: str) -> KvqBits:
     """Codings that `kvq2` or `kvq4` have without a choice."""
     named = get_format(name)
-    return KvqBits(named.k.num_bits, named.k.boosted_16ths, named.v.num_bits)
+    return KvqBits(named.k.num_bits, named.k.outlier_16ths, named.v.num_bits)
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,12 @@ def _in_basis(
 def _cost(bits: KvqBits, spread: _Spread) -> float:
     """Half the sum of squared errors, each by its cost."""
     head_dim = spread.k.shape[1]
-    boosted = kvq_format("kvq", *bits).k.num_boosted(head_dim)
+    outliers = kvq_format("kvq", *bits).k.num_outliers(head_dim)
     channel = torch.arange(head_dim)
-    coarse = (channel >= boosted) & (channel < head_dim // 2) & (bits.k == 2)
-    weight = torch.where(coarse, COARSE_WEIGHT, FINE_WEIGHT).double()
-    weight[:boosted] *= left_over(bits.k + FINE_BITS, PAGE_SIZE)
-    weight[boosted:] *= left_over(bits.k, PAGE_SIZE)
+    coarse = (channel >= outliers) & (channel < head_dim // 2) & (bits.k == 2)
+    weight = torch.where(coarse, COARSE_WEIGHT, EXTRA_WEIGHT).double()
+    weight[:outliers] *= left_over(bits.k + EXTRA_BITS, PAGE_SIZE)
+    weight[outliers:] *= left_over(bits.k, PAGE_SIZE)
     k = (spread.k * weight).sum()
     return 0.5 * float(k + spread.v.sum() * left_over(bits.v, head_dim))
 

@@ -21,7 +21,7 @@ from sgl_kvq.commands.calibrate.budget import Choice, choose_bits
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.commands.calibrate.text import default_text
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import save_bases
 
 ATTENTION_NAME = "kvq_calibrate"
@@ -120,7 +120,7 @@ def _report(choice: Choice, about: dict[str, str], path: Path) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
     for bits, count in Counter(choice.chosen.layers).most_common():
         sys.stdout.write(
-            f"{count} layers: K {bits.k} bits, {bits.boosted_16ths} of 16 channels {FINE_BITS} "
+            f"{count} layers: K {bits.k} bits, {bits.outlier_16ths} of 16 channels {EXTRA_BITS} "
             f"more, V {bits.v} bits\n"
         )
     sys.stdout.write(f"{choice.bits_per_element:.4g} bits per element; {path} lists the layers\n")

@@ -26,7 +26,7 @@ NUM_KV_HEADS = 2
 MAX_ERROR = 0.01
 # Share of bytes in formats that fit their ranges: the order in which errors are added decides
 # between two that fit equally well.
-MAX_FITTED_BYTES = 0.003
+MAX_SEARCH_BYTES = 0.003
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +130,8 @@ def _kernels(layout: PageLayout, on_gpu: bool, errors: dict[str, KernelErrors]) 
         f"specification; against float64, decode error {found.decode_error:.1e}, extend error "
         f"{found.extend_error:.1e}"
     )
-    fitted = layout.format.k.fitted or layout.format.v.fitted
-    allowed = int(MAX_FITTED_BYTES * found.total_bytes) if fitted else 0
+    clipped = layout.format.k.mse_clipping or layout.format.v.mse_clipping
+    allowed = int(MAX_SEARCH_BYTES * found.total_bytes) if clipped else 0
     errors_fit = found.decode_error <= MAX_ERROR and found.extend_error <= MAX_ERROR
     if found.wrong_bytes > allowed or not errors_fit:
         raise KvqError(f"{text} (allowed: {allowed:,} bytes, errors of {MAX_ERROR})")

@@ -12,15 +12,15 @@ import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import INTERPRET
 from sgl_kvq.kernels.common.layouts import (
-    FINE_BITS,
-    FINE_PLANES,
-    FINE_STEPS,
+    EXTRA_BITS,
+    EXTRA_PLANES,
+    EXTRA_STEPS,
     PAGE,
     cut_share,
     next_power_of_2,
-    num_boosted,
     num_cuts,
     num_groups,
+    num_outliers,
     num_planes,
     plane_width,
 )
@@ -140,7 +140,7 @@ def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
             tried_scales, tried_mins = _range(low + cut, high - cut, tops)
             error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
             better = error < least
-            if CODING.fine_bytes > 0:  # boosted channels keep their whole range
+            if CODING.extra_bytes > 0:  # outlier channels keep their whole range
                 better = better & (tops < (1 << CODING.num_bits))
             least = tl.where(better, error, least)
             scales = tl.where(better, tried_scales, scales)
@@ -176,9 +176,9 @@ def quantize_rows(
     else:
         codes = _code_tokens(x, channel, valid, tokens, meta_ptr, CODING, WIDTH == PADDED, SPEC)
     codes = _to_int(tl.where(is_sink[:, None] | (valid == 0)[None, :], 0.0, codes))
-    if CODING.fine_bytes > 0:
-        _store_fine(codes, tokens, head_ptr + CODING.fine, CODING, WIDTH, PADDED)
-        codes = tl.where((channel < num_boosted(CODING))[None, :], codes >> FINE_BITS, codes)
+    if CODING.extra_bytes > 0:
+        _store_extra(codes, tokens, head_ptr + CODING.extra, CODING, WIDTH, PADDED)
+        codes = tl.where((channel < num_outliers(CODING))[None, :], codes >> EXTRA_BITS, codes)
 
     byte = tl.arange(0, PADDED)
     plane = tl.arange(0, PLANES)
@@ -198,11 +198,11 @@ def _code_channels(x, channel, valid, is_sink, meta_ptr, CODING: tl.constexpr):
     """Codes of rows with one scale a channel."""
     MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
     counts, _ = tl.broadcast((is_sink == 0)[:, None], x)
-    is_boosted = channel < num_boosted(CODING)
-    tops = tl.where(is_boosted, (MAX_CODE + 1) * FINE_STEPS - 1.0, MAX_CODE + 0.0)
+    is_outlier = channel < num_outliers(CODING)
+    tops = tl.where(is_outlier, (MAX_CODE + 1) * EXTRA_STEPS - 1.0, MAX_CODE + 0.0)
     scales, mins = _fit(x, counts, tops, tops[None, :], 0, CODING)  # [positions]
     codes = _codes(x, divisors(scales, mins), tops[None, :], 0, CODING.half_up)
-    scales = tl.where(is_boosted, scales * FINE_STEPS, scales)
+    scales = tl.where(is_outlier, scales * EXTRA_STEPS, scales)
     tl.store(meta_ptr + CODING.scales // 2 + channel, scales.to(tl.bfloat16), mask=valid)
     tl.store(meta_ptr + CODING.mins // 2 + channel, mins.to(tl.bfloat16), mask=valid)
     return codes
@@ -243,21 +243,21 @@ def _code_tokens(
 
 
 @triton.jit
-def _store_fine(
-    codes, tokens, fine_ptr, CODING: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+def _store_extra(
+    codes, tokens, extra_ptr, CODING: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Write the lowest bits of the boosted channels, [64, fine_bytes]."""
-    BYTES: tl.constexpr = next_power_of_2(CODING.fine_bytes)
-    place = tl.arange(0, FINE_PLANES * BYTES)
-    channel = (place // BYTES) * CODING.fine_bytes + place % BYTES
+    """Write the lowest bits of the outlier channels, [64, extra_bytes]."""
+    BYTES: tl.constexpr = next_power_of_2(CODING.extra_bytes)
+    place = tl.arange(0, EXTRA_PLANES * BYTES)
+    channel = (place // BYTES) * CODING.extra_bytes + place % BYTES
     position = ((channel // WIDTH) * PADDED + channel % WIDTH) % codes.shape[1]
-    index, _ = tl.broadcast(position[None, :], tl.zeros([PAGE, FINE_PLANES * BYTES], tl.int32))
-    fine = tl.gather(codes & (FINE_STEPS - 1), index, axis=1)
-    shift = tl.arange(0, FINE_PLANES) * FINE_BITS
-    packed = tl.sum(tl.reshape(fine, [PAGE, FINE_PLANES, BYTES]) << shift[None, :, None], axis=1)
+    index, _ = tl.broadcast(position[None, :], tl.zeros([PAGE, EXTRA_PLANES * BYTES], tl.int32))
+    extra = tl.gather(codes & (EXTRA_STEPS - 1), index, axis=1)
+    shift = tl.arange(0, EXTRA_PLANES) * EXTRA_BITS
+    packed = tl.sum(tl.reshape(extra, [PAGE, EXTRA_PLANES, BYTES]) << shift[None, :, None], axis=1)
     byte = tl.arange(0, BYTES)
-    ptrs = fine_ptr + tokens[:, None] * CODING.fine_bytes + byte[None, :]
-    tl.store(ptrs, packed.to(tl.uint8), mask=(byte < CODING.fine_bytes)[None, :])
+    ptrs = extra_ptr + tokens[:, None] * CODING.extra_bytes + byte[None, :]
+    tl.store(ptrs, packed.to(tl.uint8), mask=(byte < CODING.extra_bytes)[None, :])
 
 
 @triton.jit

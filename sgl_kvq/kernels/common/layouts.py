@@ -22,15 +22,15 @@ from typing import Any
 
 import triton.language as tl
 
-from sgl_kvq.formats.base import FINE_BITS as _FINE_BITS
+from sgl_kvq.formats.base import EXTRA_BITS as _EXTRA_BITS
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.common.gluon import constexpr_function, gl
 from sgl_kvq.kernels.common.page_spec import CodingSpec, PageSpec
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
-FINE_BITS: tl.constexpr = tl.constexpr(_FINE_BITS)
-FINE_STEPS: tl.constexpr = tl.constexpr(1 << _FINE_BITS)
-FINE_PLANES: tl.constexpr = tl.constexpr(8 // _FINE_BITS)
+EXTRA_BITS: tl.constexpr = tl.constexpr(_EXTRA_BITS)
+EXTRA_STEPS: tl.constexpr = tl.constexpr(1 << _EXTRA_BITS)
+EXTRA_PLANES: tl.constexpr = tl.constexpr(8 // _EXTRA_BITS)
 
 
 @constexpr_function
@@ -104,14 +104,14 @@ def plane_scale(coding: CodingSpec, plane: int) -> float:
 
 
 @constexpr_function
-def num_boosted(coding: CodingSpec) -> int:
-    """Leading channels with further bits."""
-    return coding.fine_bytes * (8 // _FINE_BITS)
+def num_outliers(coding: CodingSpec) -> int:
+    """Leading channels with extra bits."""
+    return coding.extra_bytes * (8 // _EXTRA_BITS)
 
 
 @constexpr_function
 def num_cuts(coding: CodingSpec) -> int:
-    """Ranges that a fitted coding tries besides the one from minimum to maximum."""
+    """Ranges that an MSE-clipped coding tries besides the one from minimum to maximum."""
     return len(coding.cuts)
 
 
@@ -122,27 +122,27 @@ def cut_share(coding: CodingSpec, index: int) -> float:
 
 
 @constexpr_function
-def num_fine_tiles(coding: CodingSpec) -> int:
-    """MMA tiles of 16 columns that a token's further bits take."""
-    return -(-coding.fine_bytes // 16)
+def num_extra_tiles(coding: CodingSpec) -> int:
+    """MMA tiles of 16 columns that a token's extra bits take."""
+    return -(-coding.extra_bytes // 16)
 
 
 @constexpr_function
-def fine_width(coding: CodingSpec) -> int:
-    """Different bytes in the 16 columns of a fine tile: 4, 8 or 16."""
-    return min(16, max(4, next_power_of_2(coding.fine_bytes)))
+def extra_width(coding: CodingSpec) -> int:
+    """Different bytes in the 16 columns of an extra-bit tile: 4, 8 or 16."""
+    return min(16, max(4, next_power_of_2(coding.extra_bytes)))
 
 
 @constexpr_function
-def num_fine_steps(coding: CodingSpec) -> int:
-    """Products a fine tile takes. Narrow rows stand in it more than once, by plane."""
-    return (8 // _FINE_BITS) * fine_width(coding) // 16
+def num_extra_steps(coding: CodingSpec) -> int:
+    """Products an extra-bit tile takes. Narrow rows stand in it more than once, by plane."""
+    return (8 // _EXTRA_BITS) * extra_width(coding) // 16
 
 
 @constexpr_function
-def fine_scale(step: int) -> float:
-    """What a further bits' field left at its position must be multiplied with, in codes."""
-    return float(2.0 ** (-_FINE_BITS * (step + 1)))
+def extra_scale(step: int) -> float:
+    """What a extra bits' field left at its position must be multiplied with, in codes."""
+    return float(2.0 ** (-_EXTRA_BITS * (step + 1)))
 
 
 @constexpr_function
@@ -197,7 +197,7 @@ def channel_meta_layout(spec: PageSpec) -> Any:
 
 
 @constexpr_function
-def fine_layout() -> Any:
+def extra_layout() -> Any:
     """[64 tokens, 8] int16 as loaded: two neighbours of 8 tokens a lane."""
     lanes = [[0, 2], [0, 4], [2, 0], [16, 0], [32, 0]]
     return gl.DistributedLinearLayout([[0, 1], [1, 0], [4, 0], [8, 0]], lanes, [], [], [64, 8])
@@ -240,8 +240,8 @@ def code_query_layout(spec: PageSpec, heads: int) -> Any:
 
 
 @constexpr_function
-def fine_meta_layout() -> Any:
-    """[16] bfloat16: the scales of the four neighbouring fine bytes that a lane holds."""
+def extra_meta_layout() -> Any:
+    """[16] bfloat16: the scales of the four neighbouring extra-bit bytes that a lane holds."""
     return gl.DistributedLinearLayout([[1], [2]], [[4], [8], [0], [0], [0]], [], [], [16])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sgl_kvq.formats.base import FINE_BITS, SHRUNK, Coding
+from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 
 
@@ -19,9 +19,10 @@ class CodingSpec:
         group_channels: Channels that share a scale (token axis); head_dim on the channel axis.
         half_up: Ties round up instead of to even.
         rotation: Order of the Hadamard blocks, 1 without rotation.
-        cuts: What the ranges that a fitted coding tries cut off each end, as shares; else empty.
-        fine_bytes: Bytes of a token's further bits of boosted channels, 0 without.
-        codes, scales, mins, sums, fine: Offsets; 0 where the field does not exist.
+        cuts: What each clipping ratio of the MSE range search cuts off either end, as shares of the
+            range; empty without the search.
+        extra_bytes: Bytes of a token's extra bits of outlier channels, 0 without.
+        codes, scales, mins, sums, extra: Offsets; 0 where the field does not exist.
         sums_are_bytes: Whether code sums are uint8 (else int16).
     """
 
@@ -31,12 +32,12 @@ class CodingSpec:
     half_up: bool
     rotation: int
     cuts: tuple[float, ...]
-    fine_bytes: int
+    extra_bytes: int
     codes: int
     scales: int
     mins: int
     sums: int
-    fine: int
+    extra: int
     sums_are_bytes: bool
 
     @property
@@ -99,12 +100,12 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         group_channels=layout.head_dim // groups,
         half_up=coding.rounding == "half_up",
         rotation=layout.rotation_order if coding.rotated else 1,
-        cuts=tuple((1 - width) / 2 for width in SHRUNK) if coding.fitted else (),
-        fine_bytes=coding.num_boosted(layout.head_dim) * FINE_BITS // 8,
+        cuts=tuple((1 - width) / 2 for width in CLIP_RATIOS) if coding.mse_clipping else (),
+        extra_bytes=coding.num_outliers(layout.head_dim) * EXTRA_BITS // 8,
         codes=offset("codes"),
         scales=offset("scales"),
         mins=offset("mins"),
         sums=offset("sums"),
-        fine=offset("fine"),
+        extra=offset("extra"),
         sums_are_bytes=sums is not None and sums.dtype.itemsize == 1,
     )

@@ -12,20 +12,20 @@ import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import INTERPRET, async_copy, constexpr_function, gl, jit
 from sgl_kvq.kernels.common.layouts import (
-    FINE_BITS,
-    FINE_PLANES,
+    EXTRA_BITS,
+    EXTRA_PLANES,
     PAGE,
     a_layout,
     b_layout,
     block_layout,
     copy_layout,
-    fine_layout,
-    fine_width,
+    extra_layout,
+    extra_width,
     key_words,
     lane_sum_layout,
     meta_rows,
     mma_layout,
-    num_fine_steps,
+    num_extra_steps,
     num_groups,
     num_planes,
     padded_dim,
@@ -272,28 +272,28 @@ def key_operand(codes, SPEC: tl.constexpr):
 
 
 @jit
-def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
-    """Further bits of a token's boosted channels, as left operand [64 MMA rows, 16].
+def extra_tile(extra_ptr, part: tl.constexpr, SPEC: tl.constexpr):
+    """extra bits of a token's outlier channels, as left operand [64 MMA rows, 16].
 
     Column k holds byte 2 * (k % 8) + k // 8 in its lower half, shifted until the plane of the first
-    step is lowest (see `fine_place`); what is above the planes of all steps is to be masked.
+    step is lowest (see `extra_place`); what is above the planes of all steps is to be masked.
     Columns without a channel hold bytes of what follows; they meet queries of zero.
     """
-    FINE: tl.constexpr = SPEC.k.fine_bytes
-    tokens = gl.arange(0, PAGE, gl.SliceLayout(1, fine_layout()))
-    word = gl.arange(0, 8, gl.SliceLayout(0, fine_layout()))
-    WORDS: tl.constexpr = fine_width(SPEC.k) // 2
-    shift = word // WORDS * (FINE_BITS * num_fine_steps(SPEC.k))
+    EXTRA: tl.constexpr = SPEC.k.extra_bytes
+    tokens = gl.arange(0, PAGE, gl.SliceLayout(1, extra_layout()))
+    word = gl.arange(0, 8, gl.SliceLayout(0, extra_layout()))
+    WORDS: tl.constexpr = extra_width(SPEC.k) // 2
+    shift = word // WORDS * (EXTRA_BITS * num_extra_steps(SPEC.k))
     word = part * 8 + word % WORDS
-    if FINE % 2 == 0:
-        words_ptr = fine_ptr.to(gl.pointer_type(gl.int16))
-        ptrs = words_ptr + tokens[:, None] * (FINE // 2) + word[None, :]
+    if EXTRA % 2 == 0:
+        words_ptr = extra_ptr.to(gl.pointer_type(gl.int16))
+        ptrs = words_ptr + tokens[:, None] * (EXTRA // 2) + word[None, :]
         even = gl.load(ptrs)
-        if num_fine_steps(SPEC.k) < FINE_PLANES:
+        if num_extra_steps(SPEC.k) < EXTRA_PLANES:
             even = shift_down(even, shift[None, :])
         odd = upper_bytes(even)
     else:
-        ptrs = fine_ptr + tokens[:, None] * FINE + 2 * word[None, :]
+        ptrs = extra_ptr + tokens[:, None] * EXTRA + 2 * word[None, :]
         even = gl.load(ptrs).to(gl.int16)
         odd = gl.load(ptrs + 1).to(gl.int16)
         even = even >> shift[None, :].to(gl.int16)
@@ -303,15 +303,15 @@ def fine_tile(fine_ptr, part: tl.constexpr, SPEC: tl.constexpr):
 
 
 @jit
-def fine_place(byte, part: tl.constexpr, step: tl.constexpr, SPEC: tl.constexpr):
-    """Channel of the further bits that a step takes from byte 0 to 15 of a tile; whether it exists.
+def extra_place(byte, part: tl.constexpr, step: tl.constexpr, SPEC: tl.constexpr):
+    """Channel of the extra bits that a step takes from byte 0 to 15 of a tile; whether it exists.
 
-    A tile holds `16 // fine_width` copies of a token's bytes, each for planes of its own.
+    A tile holds `16 // extra_width` copies of a token's bytes, each for planes of its own.
     """
-    WIDTH: tl.constexpr = fine_width(SPEC.k)
-    plane = byte // WIDTH * num_fine_steps(SPEC.k) + step
+    WIDTH: tl.constexpr = extra_width(SPEC.k)
+    plane = byte // WIDTH * num_extra_steps(SPEC.k) + step
     at = part * 16 + byte % WIDTH
-    return plane * SPEC.k.fine_bytes + at, at < SPEC.k.fine_bytes
+    return plane * SPEC.k.extra_bytes + at, at < SPEC.k.extra_bytes
 
 
 @jit
@@ -371,8 +371,8 @@ def key_scale(parts, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr
 
 
 @jit
-def fine_scale_operand(vector):
-    """[16] by fine byte as rows of the right operand that meets `fine_tile`: [16, 1]."""
+def extra_scale_operand(vector):
+    """[16] by extra-bit byte as rows of the right operand that meets `extra_tile`: [16, 1]."""
     vector = gl.reshape(gl.permute(gl.reshape(vector, [4, 2, 2]), [2, 0, 1]), [16])
     return gl.convert_layout(vector, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
 

@@ -39,7 +39,7 @@ from sgl_kvq.kernels.common.tiles import (
 from sgl_kvq.kernels.decode.configs import ROWS_PER_UNIT
 from sgl_kvq.kernels.decode.operands import (
     code_queries,
-    fine_queries,
+    extra_queries,
     min_queries,
     power_of_2_above,
     row_queries,
@@ -181,12 +181,12 @@ def attend_segment(
             q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
         norm = power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
         q_codes = code_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
-        q_fine = fine_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
+        q_extra = extra_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
         q_mins = min_queries(q, sm_scale_log2, SPEC)
         unit = gl.convert_layout(norm, COLS) * (CODE_UNIT * sm_scale_log2)
         m_run, lane_sum, offsets, acc = attend_pages(
             first_unit, end_page, here, coming, indices_ptr, page_ptr, buffers,
-            q_codes, q_fine, q_mins, unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
+            q_codes, q_extra, q_mins, unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
             SINKS, HEADS, STAGES, SPEC,
         )  # fmt: skip
 

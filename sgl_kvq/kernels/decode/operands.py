@@ -12,12 +12,12 @@ from sgl_kvq.kernels.common.gluon import (
 from sgl_kvq.kernels.common.layouts import (
     b_layout,
     code_query_layout,
-    fine_scale,
+    extra_scale,
     key_words,
     lane_sum_layout,
     mma_layout,
-    num_fine_steps,
-    num_fine_tiles,
+    num_extra_steps,
+    num_extra_tiles,
     num_groups,
     num_planes,
     padded_dim,
@@ -28,7 +28,7 @@ from sgl_kvq.kernels.common.layouts import (
 from sgl_kvq.kernels.common.tiles import (
     channel_of,
     columns_in_order,
-    fine_place,
+    extra_place,
     key_part,
     split_key_channels,
 )
@@ -90,20 +90,20 @@ def code_queries(
 
 
 @jit
-def fine_queries(
+def extra_queries(
     q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Right operands for the further bits of boosted key channels, by tile and step."""
+    """Right operands for the extra bits of outlier key channels, by tile and step."""
     heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
     k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
     operands = ()
-    for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        for step in tl.static_range(num_fine_steps(SPEC.k)):
-            channel, valid = fine_place(2 * (k % 8) + k // 8, part, step, SPEC)
+    for part in tl.static_range(num_extra_tiles(SPEC.k)):
+        for step in tl.static_range(num_extra_steps(SPEC.k)):
+            channel, valid = extra_place(2 * (k % 8) + k // 8, part, step, SPEC)
             ptrs = q_ptr + heads[None, :] * stride_h + channel[:, None]
             mask = valid[:, None] & (heads < GQA)[None, :]
             q = gl.load(ptrs, mask=mask, other=0.0).to(gl.float32)
-            q = q * (inverse_norm[None, :] * fine_scale(step))
+            q = q * (inverse_norm[None, :] * extra_scale(step))
             operands = operands + (q.to(gl.float16),)
     return operands
 

@@ -11,18 +11,18 @@ from sgl_kvq.kernels.common.gluon import (
     mma_v2,
 )
 from sgl_kvq.kernels.common.layouts import (
-    FINE_BITS,
+    EXTRA_BITS,
     PAGE,
     a_layout,
     b_layout,
     channel_meta_layout,
     channel_vector_layout,
-    fine_meta_layout,
+    extra_meta_layout,
     is_inside,
     key_code_layout,
     mma_layout,
-    num_fine_steps,
-    num_fine_tiles,
+    num_extra_steps,
+    num_extra_tiles,
     num_groups,
     num_planes,
     overlaps,
@@ -36,9 +36,9 @@ from sgl_kvq.kernels.common.tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,
-    fine_place,
-    fine_scale_operand,
-    fine_tile,
+    extra_place,
+    extra_scale_operand,
+    extra_tile,
     first_block,
     key_operand,
     key_scale,
@@ -60,8 +60,8 @@ from sgl_kvq.kernels.decode.operands import (
 
 
 @jit
-def _fetch_fine(head_ptr, SPEC: tl.constexpr):
-    """Load the further bits of boosted key channels and their scales into registers.
+def _fetch_extra(head_ptr, SPEC: tl.constexpr):
+    """Load the extra bits of outlier key channels and their scales into registers.
 
     They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
 
@@ -70,32 +70,32 @@ def _fetch_fine(head_ptr, SPEC: tl.constexpr):
         channel is, the scales are another's or minima: finite, and they meet queries of zero.
     """
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
-    byte = gl.arange(0, 16, fine_meta_layout())
+    byte = gl.arange(0, 16, extra_meta_layout())
     fetched = ()
-    for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        fetched = fetched + (fine_tile(head_ptr + SPEC.k.fine, part, SPEC),)
-        for step in tl.static_range(num_fine_steps(SPEC.k)):
-            channel, _exists = fine_place(byte, part, step, SPEC)
+    for part in tl.static_range(num_extra_tiles(SPEC.k)):
+        fetched = fetched + (extra_tile(head_ptr + SPEC.k.extra, part, SPEC),)
+        for step in tl.static_range(num_extra_steps(SPEC.k)):
+            channel, _exists = extra_place(byte, part, step, SPEC)
             fetched = fetched + (gl.load(meta_ptr + channel),)
     return fetched
 
 
 @jit
-def _add_fine(s, fine, q_fine, SPEC: tl.constexpr):
-    """Add what the further bits of boosted key channels contribute."""
-    STEPS: tl.constexpr = num_fine_steps(SPEC.k)
-    for part in tl.static_range(num_fine_tiles(SPEC.k)):
-        bits = fine[part * (1 + STEPS)]
+def _add_extra(s, extra, q_extra, SPEC: tl.constexpr):
+    """Add what the extra bits of outlier key channels contribute."""
+    STEPS: tl.constexpr = num_extra_steps(SPEC.k)
+    for part in tl.static_range(num_extra_tiles(SPEC.k)):
+        bits = extra[part * (1 + STEPS)]
         for step in tl.static_range(STEPS):
-            scales = fine_scale_operand(fine[part * (1 + STEPS) + 1 + step].to(gl.float16))
-            q = q_fine[part * STEPS + step] * scales
-            s = mma_v2(mask_field(bits, FINE_BITS, step), q, s)
+            scales = extra_scale_operand(extra[part * (1 + STEPS) + 1 + step].to(gl.float16))
+            q = q_extra[part * STEPS + step] * scales
+            s = mma_v2(mask_field(bits, EXTRA_BITS, step), q, s)
     return s
 
 
 @jit
 def _score_page(
-    buffers, stage, fine, q_codes, q_fine, q_mins, unit, sm_scale_log2,
+    buffers, stage, extra, q_codes, q_extra, q_mins, unit, sm_scale_log2,
     HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Scores [64 MMA rows, heads] of a page in the log2 domain."""
@@ -112,8 +112,8 @@ def _score_page(
                 q = q_codes[half * num_planes(SPEC.k) + plane] * key_scale(parts, half, plane, SPEC)
                 field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
                 s = mma_v2(field, q, s)
-        if SPEC.k.fine_bytes > 0:
-            s = _add_fine(s, fine, q_fine, SPEC)
+        if SPEC.k.extra_bytes > 0:
+            s = _add_extra(s, extra, q_extra, SPEC)
         offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
         mins = buffers[2].index(stage).load(channel_vector_layout(padded_dim(SPEC)))
         rows = channel_operand(mins, SPEC)
@@ -232,11 +232,13 @@ def _attend_channel_values(
 
 @jit
 def _attend_page(
-    buffers, stage, head_ptr, fine, num_masked, q_codes, q_fine, q_mins, unit, sm_scale_log2,
+    buffers, stage, head_ptr, extra, num_masked, q_codes, q_extra, q_mins, unit, sm_scale_log2,
     m_run, lane_sum, offsets, acc, HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add a staged page; its first `num_masked` tokens are read elsewhere."""
-    s = _score_page(buffers, stage, fine, q_codes, q_fine, q_mins, unit, sm_scale_log2, HEADS, SPEC)
+    s = _score_page(
+        buffers, stage, extra, q_codes, q_extra, q_mins, unit, sm_scale_log2, HEADS, SPEC
+    )
     if num_masked > 0:
         token = token_of_row(gl.arange(0, PAGE, gl.SliceLayout(1, mma_layout())))
         s = gl.where((token >= num_masked)[:, None], s, float("-inf"))
@@ -271,7 +273,7 @@ def start_pages(
 
 @jit
 def attend_pages(
-    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_fine, q_mins,
+    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_extra, q_mins,
     unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
     SINKS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -281,26 +283,26 @@ def attend_pages(
     """
     stage = 0
     free = STAGES - 1
-    fine = _fetch_fine(page_ptr + here * SPEC.page_bytes, SPEC)
+    extra = _fetch_extra(page_ptr + here * SPEC.page_bytes, SPEC)
     for index in range(first, end):
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
         wanted = index + STAGES - 1 < end
         start_page(buffers, free, page_ptr + coming * SPEC.page_bytes, wanted, SPEC)
         coming = gl.load(indices_ptr + gl.minimum(index + STAGES, end)).to(gl.int64)
-        next_fine = fine
+        next_extra = extra
         following = here
-        if SPEC.v.per_channel or SPEC.k.fine_bytes > 0:
+        if SPEC.v.per_channel or SPEC.k.extra_bytes > 0:
             following = gl.load(indices_ptr + gl.minimum(index + 1, end)).to(gl.int64)
-            next_fine = _fetch_fine(page_ptr + following * SPEC.page_bytes, SPEC)
+            next_extra = _fetch_extra(page_ptr + following * SPEC.page_bytes, SPEC)
         masked = SINKS if index == 0 else 0
         m_run, lane_sum, offsets, acc = _attend_page(
-            buffers, stage, page_ptr + here * SPEC.page_bytes, fine, masked,
-            q_codes, q_fine, q_mins, unit, sm_scale_log2,
+            buffers, stage, page_ptr + here * SPEC.page_bytes, extra, masked,
+            q_codes, q_extra, q_mins, unit, sm_scale_log2,
             m_run, lane_sum, offsets, acc, HEADS, SPEC,
         )  # fmt: skip
         here = following
-        fine = next_fine
+        extra = next_extra
         free = stage
         stage = stage + 1 if stage + 1 < STAGES else 0
     return m_run, lane_sum, offsets, acc

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
-from sgl_kvq.formats.base import FINE_BITS, PAGE_SIZE, Arithmetic, Coding
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Arithmetic, Coding
 from sgl_kvq.formats.dequantize import unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
@@ -230,10 +230,10 @@ def page_scores(
         offset = (q * mins.unsqueeze(2)).sum(-1, keepdim=True)
         if not integer:
             products = _k_products(left, codes, coding, 1).squeeze(2)
-            if boosted := coding.num_boosted(layout.head_dim):
-                fine = left[..., :boosted] * 0.5**FINE_BITS
+            if outliers := coding.num_outliers(layout.head_dim):
+                extra = left[..., :outliers] * 0.5**EXTRA_BITS
                 products += _k_products(
-                    fine, layout.view(rows, "k_fine"), Coding(FINE_BITS), 1
+                    extra, layout.view(rows, "k_extra"), Coding(EXTRA_BITS), 1
                 ).squeeze(2)
             return products + offset
         left, mu = quantize_left(left.unflatten(-1, (-1, layout.partition)))

@@ -7,11 +7,11 @@ import triton.language as tl
 
 from sgl_kvq.formats.quantize import LARGEST_MAGNITUDE
 from sgl_kvq.kernels.common.layouts import (
-    FINE_BITS,
-    FINE_STEPS,
+    EXTRA_BITS,
+    EXTRA_STEPS,
     PAGE,
     next_power_of_2,
-    num_boosted,
+    num_outliers,
     num_planes,
     plane_width,
 )
@@ -49,13 +49,13 @@ def _dequantize(
     scales = tl.load(meta_ptr + CODING.scales // 2 + at, mask=valid[None, :], other=0.0)
     mins = tl.load(meta_ptr + CODING.mins // 2 + at, mask=valid[None, :], other=0.0)
     steps = codes.to(tl.float32)
-    if CODING.fine_bytes > 0:
-        FINE: tl.constexpr = CODING.fine_bytes
-        ptrs = head_ptr + CODING.fine + tokens[:, None] * FINE + (channel % FINE)[None, :]
-        is_boosted = (valid & (channel < num_boosted(CODING)))[None, :]
-        packed = tl.load(ptrs, mask=is_boosted, other=0).to(tl.int32)
-        fine = (packed >> ((channel // FINE) * FINE_BITS)[None, :]) & (FINE_STEPS - 1)
-        steps += tl.where(is_boosted, fine, 0).to(tl.float32) * (1.0 / FINE_STEPS)
+    if CODING.extra_bytes > 0:
+        EXTRA: tl.constexpr = CODING.extra_bytes
+        ptrs = head_ptr + CODING.extra + tokens[:, None] * EXTRA + (channel % EXTRA)[None, :]
+        is_outlier = (valid & (channel < num_outliers(CODING)))[None, :]
+        packed = tl.load(ptrs, mask=is_outlier, other=0).to(tl.int32)
+        extra = (packed >> ((channel // EXTRA) * EXTRA_BITS)[None, :]) & (EXTRA_STEPS - 1)
+        steps += tl.where(is_outlier, extra, 0).to(tl.float32) * (1.0 / EXTRA_STEPS)
     x = steps * scales.to(tl.float32) + mins.to(tl.float32)
     if CODING.rotation > 1:
         x = rotate_tile(x, channel, CODING.rotation, WIDTH, PADDED)

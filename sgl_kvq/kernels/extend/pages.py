@@ -13,11 +13,11 @@ import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import INTERPRET, constexpr_function
 from sgl_kvq.kernels.common.layouts import (
-    FINE_BITS,
-    FINE_STEPS,
+    EXTRA_BITS,
+    EXTRA_STEPS,
     PAGE,
     is_inside,
-    num_boosted,
+    num_outliers,
     num_planes,
     plane_width,
 )
@@ -173,15 +173,15 @@ def _plane_meta(
 
 
 @triton.jit
-def _fine_steps(steps, head_ptr, plane: tl.constexpr, byte, tokens, SPEC: tl.constexpr):
-    """Add the further bits of a plane's boosted channels."""
-    FINE: tl.constexpr = SPEC.k.fine_bytes
+def _extra_steps(steps, head_ptr, plane: tl.constexpr, byte, tokens, SPEC: tl.constexpr):
+    """Add the extra bits of a plane's outlier channels."""
+    EXTRA: tl.constexpr = SPEC.k.extra_bytes
     channel = plane * plane_width(SPEC, SPEC.k) + byte
-    is_boosted = (channel < num_boosted(SPEC.k))[None, :]
-    ptrs = head_ptr + SPEC.k.fine + tokens[:, None] * FINE + (channel % FINE)[None, :]
-    packed = tl.load(ptrs, mask=is_boosted, other=0).to(tl.int32)
-    fine = (packed >> ((channel // FINE) * FINE_BITS)[None, :]) & (FINE_STEPS - 1)
-    more = tl.where(is_boosted, fine, 0).to(tl.float32) * (1.0 / FINE_STEPS)
+    is_outlier = (channel < num_outliers(SPEC.k))[None, :]
+    ptrs = head_ptr + SPEC.k.extra + tokens[:, None] * EXTRA + (channel % EXTRA)[None, :]
+    packed = tl.load(ptrs, mask=is_outlier, other=0).to(tl.int32)
+    extra = (packed >> ((channel // EXTRA) * EXTRA_BITS)[None, :]) & (EXTRA_STEPS - 1)
+    more = tl.where(is_outlier, extra, 0).to(tl.float32) * (1.0 / EXTRA_STEPS)
     return (steps.to(tl.float32) + more).to(steps.dtype)
 
 
@@ -205,8 +205,8 @@ def page_planes(
     planes = ()
     for plane in tl.static_range(num_planes(CODING)):
         steps = codes[plane]
-        if plane * WIDTH < num_boosted(CODING):
-            steps = _fine_steps(steps, head_ptr, plane, byte, tokens, SPEC)
+        if plane * WIDTH < num_outliers(CODING):
+            steps = _extra_steps(steps, head_ptr, plane, byte, tokens, SPEC)
         scales = _plane_meta(
             head_ptr, CODING.scales, plane, byte, tokens, IS_KEY, CODING, SPEC, DTYPE
         )

@@ -90,8 +90,8 @@ def test_bytes_equal_the_reference(name: str, head_dim: int, device: str) -> Non
     assert count == 0
     differing = cache.pages[[3, 5]].cpu() != expected_pages(layout, k, v, prior)
     # Two ranges that fit equally well: the order in which errors are added decides.
-    fitted = layout.format.k.fitted or layout.format.v.fitted
-    assert differing.float().mean() <= (0.003 if fitted else 0)
+    clipped = layout.format.k.mse_clipping or layout.format.v.mse_clipping
+    assert differing.float().mean() <= (0.003 if clipped else 0)
     assert torch.equal(cache.open_rows[3, 0, :5], k[64:69])
     assert torch.equal(cache.open_rows[3, 1, :5], v[64:69])
     assert torch.equal(cache.sink_rows[2], torch.stack([k[:SINKS], v[:SINKS]]))
@@ -156,8 +156,8 @@ def test_full_pages_close_in_every_layer(
         full, _ = contain_non_finite(before[list(FULL_SLOTS.values())].cpu())
         expected = encode_pages(full[:, 0], full[:, 1], sinks, layout)
         differing = cache.pages[[5, 2]].cpu() != expected
-        fitted = layout.format.k.fitted or layout.format.v.fitted
-        assert differing.float().mean() <= (0.003 if fitted else 0)
+        clipped = layout.format.k.mse_clipping or layout.format.v.mse_clipping
+        assert differing.float().mean() <= (0.003 if clipped else 0)
         assert torch.equal(cache.sink_rows[3].cpu(), full[1, :, :SINKS])
         assert cache.sink_rows[:3].isnan().all()
         assert (cache.pages[[0, 1, 3, 4]] == 0xFF).all()
