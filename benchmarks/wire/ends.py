@@ -18,10 +18,10 @@ from benchmarks.pd.tun_link import enter_namespace
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
 from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.memory_pool.store import PagedStore
 from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, cut_pages
 from sgl_kvq.transfer.decode.assembly import InTransfer
 from sgl_kvq.transfer.decode.client import DecodeThread
@@ -69,10 +69,10 @@ class EndSpec:
         )
 
 
-def _make_side(spec: EndSpec) -> tuple[QuantizedKVPool, PoolAccess, Any]:
+def _make_side(spec: EndSpec) -> tuple[PagedStore, PoolAccess, Any]:
     layout = PageLayout(get_format(spec.format), HEAD_DIM, NUM_HEADS)
     plan = PoolPlan((layout,) * NUM_LAYERS, 4, spec.num_pages, 1)
-    pool = QuantizedKVPool(plan, device="cpu")
+    pool = PagedStore(plan, device="cpu")
     for layer in pool.layers:
         layer.pages.random_(0, 256)
     config = KVQuantConfig(spec.format)

@@ -10,6 +10,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.cpu_platform.allocator import CpuPagedAllocator
 from sgl_kvq.host.names import EvictParams, PagedTokenToKVPoolAllocator
 from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.memory_pool.store import PagedStore
 
 
 class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
@@ -21,6 +22,11 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
     """
 
     _kvcache: QuantizedKVPool
+
+    @property
+    def store(self) -> PagedStore:
+        """The memory this allocates from."""
+        return self._kvcache.store
 
     def alloc_extend(
         self,
@@ -56,11 +62,11 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
         def pick(pages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return pages[mask.nonzero().squeeze(1).to(pages.device)]
 
-        open_slots, sink_slots = self._kvcache.open_slots, self._kvcache.sink_slots
+        open_slots, sink_slots = self.store.open_slots, self.store.sink_slots
         open_slots.transfer(pick(prefix_page, moves), pick(last_page, moves))
         open_slots.acquire(pick(last_page, ends_open & ~starts_open))
         open_slots.release(pick(prefix_page, starts_open & ~ends_open))
-        if self._kvcache.plan.sink_tokens:
+        if self.store.plan.sink_tokens:
             sink_slots.acquire(pick(first_page, prefix_lens_cpu == 0))
         return out
 
@@ -73,20 +79,20 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
             return None
         begins = (seq_lens_cpu % PAGE_SIZE == 1).nonzero().squeeze(1).to(out.device)
         closes = (seq_lens_cpu % PAGE_SIZE == 0).nonzero().squeeze(1).to(out.device)
-        self._kvcache.open_slots.acquire(out[begins] // PAGE_SIZE)
-        self._kvcache.open_slots.release(out[closes] // PAGE_SIZE)
+        self.store.open_slots.acquire(out[begins] // PAGE_SIZE)
+        self.store.open_slots.release(out[closes] // PAGE_SIZE)
         return out
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         for pages in page_ids:
-            self._kvcache.open_slots.release(pages)
-            self._kvcache.sink_slots.release(pages)
+            self.store.open_slots.release(pages)
+            self.store.sink_slots.release(pages)
         super()._release_page_ids(*page_ids)
 
     def clear(self) -> None:
         """Free every page and slot."""
-        self._kvcache.open_slots.clear()
-        self._kvcache.sink_slots.clear()
+        self.store.open_slots.clear()
+        self.store.sink_slots.clear()
         super().clear()
 
 
@@ -105,9 +111,9 @@ def make_room_for_first_pages(tree_cache: Any, num_first_pages: int) -> None:
         num_first_pages: Sequences of the next batch that have no cached prefix.
     """
     allocator = tree_cache.token_to_kv_pool_allocator
-    if not isinstance(allocator, KvqPagedAllocator) or allocator._kvcache.plan.sink_tokens == 0:
+    if not isinstance(allocator, KvqPagedAllocator) or allocator.store.plan.sink_tokens == 0:
         return
-    sink_slots = allocator._kvcache.sink_slots
+    sink_slots = allocator.store.sink_slots
     while (missing := num_first_pages - sink_slots.num_free()) > 0:
         before = tree_cache.evictable_size()
         tree_cache.evict(EvictParams(num_tokens=missing * PAGE_SIZE))

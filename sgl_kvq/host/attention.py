@@ -36,7 +36,7 @@ class KvqAttnBackend(AttentionBackend):
             )
         self.layers = check_layers(runner.model)
         self.config = config
-        self.pool = runner.token_to_kv_pool
+        self.pool = runner.token_to_kv_pool.store
         self.layout = self.pool.layout
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.bases = rank_bases(runner, config, self.layout)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.memory_pool.store import PagedStore
 
 PREFIX = "sgl_kvq:"
 GAUGES = {
@@ -44,7 +44,7 @@ class PoolMetrics:
         from prometheus_client import Counter, Gauge
 
         self._allocator = allocator
-        self._pool: QuantizedKVPool = allocator.get_kvcache()
+        self._pool: PagedStore = allocator.store
         labels = {**labels, "format": self._pool.layout.format.name}
         self._gauges = {
             name: Gauge(
@@ -64,7 +64,7 @@ class PoolMetrics:
     def log(self) -> None:
         """Set all metrics; on a GPU some of them a moment later."""
         pool = self._pool
-        num_held = (pool.size - self._allocator.available_size()) // PAGE_SIZE
+        num_held = (pool.plan.num_tokens - self._allocator.available_size()) // PAGE_SIZE
         counts = torch.stack(
             [pool.open_slots.count_used(), pool.sink_slots.count_used(), pool.num_contained]
         )

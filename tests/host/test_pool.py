@@ -9,7 +9,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.host.allocator import KvqCpuPagedAllocator
 from sgl_kvq.host.pool import QuantizedKVPool
-from sgl_kvq.memory_pool.capacity import PoolPlan
+from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
 
 
 def make(num_pages: int = 20, open_slots: int = 3) -> tuple[QuantizedKVPool, KvqCpuPagedAllocator]:
@@ -31,7 +31,7 @@ def extend(
 
 
 def used(pool: QuantizedKVPool) -> tuple[int, int]:
-    return pool.open_slots.num_used(), pool.sink_slots.num_used()
+    return pool.store.open_slots.num_used(), pool.store.sink_slots.num_used()
 
 
 def test_life_of_a_request() -> None:
@@ -47,7 +47,7 @@ def test_life_of_a_request() -> None:
         slots += loc.tolist()
         # The step that writes a page's 64th token still finds its rows, but no longer owns them.
         assert used(pool) == (0 if seq_len % PAGE_SIZE == 0 else 1, 1)
-        assert int(pool.open_slots.slot_of[loc // PAGE_SIZE]) > 0
+        assert int(pool.store.open_slots.slot_of[loc // PAGE_SIZE]) > 0
     assert [s % PAGE_SIZE for s in slots] == [i % PAGE_SIZE for i in range(199)]
     allocator.free(torch.tensor(slots))
     assert used(pool) == (0, 0)
@@ -64,10 +64,10 @@ def test_resumed_page_moves_or_gives_up_its_slot() -> None:
     pool, allocator = make()
     first = extend(allocator, [0], [70], [-1])
     assert first is not None
-    slot = int(pool.open_slots.slot_of[first[-1] // PAGE_SIZE])
+    slot = int(pool.store.open_slots.slot_of[first[-1] // PAGE_SIZE])
     more = extend(allocator, [70], [200], [int(first[-1])])
     assert more is not None
-    assert int(pool.open_slots.held_slot(more[-1:] // PAGE_SIZE)) == slot
+    assert int(pool.store.open_slots.held_slot(more[-1:] // PAGE_SIZE)) == slot
     assert used(pool) == (1, 1)
     extend(allocator, [200], [256], [int(more[-1])])
     assert used(pool) == (0, 1)
@@ -90,7 +90,7 @@ def test_more_requests_than_slots_fail_loudly() -> None:
 def fill(pool: QuantizedKVPool) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer_id in range(2):
-        layer = pool.layer(layer_id)
+        layer = pool.store.layer(layer_id)
         layer.pages.random_(0, 256, generator=generator)
         layer.open_rows.normal_(generator=generator)
         layer.sink_rows.normal_(generator=generator)
@@ -107,12 +107,12 @@ def test_cpu_copy_brings_a_request_back_elsewhere() -> None:
     allocator.free(old)
     pool.load_cpu_copy(copy, new)
     for layer_id in range(2):
-        layer = pool.layer(layer_id)
+        layer = pool.store.layer(layer_id)
         pages = new[::PAGE_SIZE] // PAGE_SIZE
         assert torch.equal(layer.pages[pages], copy["pages"][layer_id])
-        slot = pool.open_slots.held_slot(pages[-1:])
+        slot = pool.store.open_slots.held_slot(pages[-1:])
         assert torch.equal(layer.open_rows[slot], copy["open_rows"][layer_id])
-        sink = pool.sink_slots.held_slot(pages[:1])
+        sink = pool.store.sink_slots.held_slot(pages[:1])
         assert torch.equal(layer.sink_rows[sink], copy["sink_rows"][layer_id])
     with pytest.raises(ValueError, match="expected 150 slots, got 149"):
         pool.load_cpu_copy(copy, new[:-1])
@@ -130,14 +130,14 @@ def test_cpu_copy_of_whole_pages_leaves_the_slots_of_neighbours_alone() -> None:
     neighbour = extend(allocator, [0], [10], [-1])
     assert neighbour is not None
     fill(pool)
-    before = [layer.open_rows.clone() for layer in pool.layers]
+    before = [layer.open_rows.clone() for layer in pool.store.layers]
     copy = pool.get_cpu_copy(retracted)
     for layer in copy["open_rows"]:
         layer.fill_(float("nan"))
     pool.load_cpu_copy(copy, retracted)
-    slot = pool.open_slots.held_slot(neighbour[-1:] // PAGE_SIZE)
+    slot = pool.store.open_slots.held_slot(neighbour[-1:] // PAGE_SIZE)
     assert int(slot) > 0
-    for layer, rows in zip(pool.layers, before, strict=True):
+    for layer, rows in zip(pool.store.layers, before, strict=True):
         assert torch.equal(layer.open_rows[slot], rows[slot])
 
 
@@ -147,16 +147,16 @@ def test_move_kv_cache() -> None:
     assert a is not None
     assert b is not None
     fill(pool)
-    rows = [pool.layer(i).open_rows.clone() for i in range(2)]
+    rows = [pool.store.layer(i).open_rows.clone() for i in range(2)]
     pool.move_kv_cache(b[64:70], a[70:76])
-    slot_a, slot_b = (int(pool.open_slots.slot_of[x[-1] // PAGE_SIZE]) for x in (a, b))
+    slot_a, slot_b = (int(pool.store.open_slots.slot_of[x[-1] // PAGE_SIZE]) for x in (a, b))
     for i in range(2):
-        assert torch.equal(pool.layer(i).open_rows[slot_b, :, 0:6], rows[i][slot_a, :, 6:12])
+        assert torch.equal(pool.store.layer(i).open_rows[slot_b, :, 0:6], rows[i][slot_a, :, 6:12])
     page_a, page_b = int(a[0]) // PAGE_SIZE, int(b[0]) // PAGE_SIZE
     pool.move_kv_cache(b[:64], a[:64])
-    sink_a, sink_b = (int(pool.sink_slots.slot_of[p]) for p in (page_a, page_b))
+    sink_a, sink_b = (int(pool.store.sink_slots.slot_of[p]) for p in (page_a, page_b))
     for i in range(2):
-        layer = pool.layer(i)
+        layer = pool.store.layer(i)
         assert torch.equal(layer.pages[page_b], layer.pages[page_a])
         assert torch.equal(layer.sink_rows[sink_b], layer.sink_rows[sink_a])
     with pytest.raises(ValueError, match="that split a closed page"):
@@ -188,3 +188,15 @@ def test_a_prompt_that_is_there_in_whole_takes_nothing() -> None:
     assert nothing is not None
     assert len(nothing) == 0
     assert (used(pool), allocator.available_size()) == before
+
+
+def test_contiguous_buffers_describe_one_row_a_page_and_layer() -> None:
+    layout = PageLayout(get_format("hack4"), 64, 2)
+    plan = plan_pool(8 << 20, (layout,) * 3, 4, open_slots=2)
+    pool = QuantizedKVPool(plan, device="cpu", start_layer=5)
+    addresses, sizes, item_sizes = pool.get_contiguous_buf_infos()
+    assert len(addresses) == len(set(addresses)) == 3
+    assert item_sizes == [layout.page_bytes] * 3
+    assert sizes == [(pool.plan.num_pages + 1) * layout.page_bytes] * 3
+    assert pool.store.layer(6).pages.data_ptr() == addresses[1]
+    assert pool.store.layer(5).open_rows.dtype == torch.bfloat16

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
-from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.memory_pool.capacity import plan_pool
+from sgl_kvq.memory_pool.store import PagedStore
 
 SMOLLM2 = {"head_dim": 64, "num_kv_heads": 3}
 BITS_BY_LAYER = ((2, 4, 2), (2, 4, 2), (4, 5, 4))  # as `calibrate --budget-bits` chooses
@@ -29,9 +28,9 @@ def test_gain_over_bf16_counts_everything(name: str, gain: float, bf16_tokens: i
 def test_plan_is_what_the_pool_allocates(name: str, sink_tokens: int) -> None:
     layout = PageLayout(get_format(name), 64, 2)
     plan = plan_pool(8 << 20, (layout,) * 2, sink_tokens, open_slots=5)
-    pool = QuantizedKVPool(plan, device="cpu")
+    pool = PagedStore(plan, device="cpu")
     tensors = [t for i in range(2) for t in vars(pool.layer(i)).values()]
-    assert sum(t.nbytes for t in tensors) == plan.total_bytes == pool.get_kv_size_bytes()
+    assert sum(t.nbytes for t in tensors) == plan.total_bytes
     one_more = plan_pool(8 << 20, (layout,) * 2, sink_tokens, 5, max_tokens=plan.num_tokens + 64)
     assert one_more.num_pages == plan.num_pages  # nothing fits any more
 
@@ -39,11 +38,10 @@ def test_plan_is_what_the_pool_allocates(name: str, sink_tokens: int) -> None:
 def test_layers_may_have_pages_of_different_sizes() -> None:
     layouts = tuple(PageLayout(kvq_format("kvq2", *bits), 64, 2) for bits in BITS_BY_LAYER)
     plan = plan_pool(8 << 20, layouts, 4, open_slots=5)
-    pool = QuantizedKVPool(plan, device="cpu", start_layer=7)
+    pool = PagedStore(plan, device="cpu", start_layer=7)
     tensors = [t for layer in pool.layers for t in vars(layer).values()]
     assert sum(t.nbytes for t in tensors) == plan.total_bytes <= 8 << 20
     small, _, large = (layout.page_bytes for layout in layouts)
-    assert pool.get_contiguous_buf_infos()[2] == [small, small, large]
     assert pool.layout_of(9) == layouts[2]
     assert plan.bytes_per_token == (2 * small + large) / 64
     assert f"{plan.bytes_per_token:,.0f} bytes/token" in plan.describe()
@@ -65,14 +63,3 @@ def test_start_line_says_what_fits() -> None:
     assert "--kv-quant hack2: 3,780 bytes/token" in line
     assert f"{plan.num_tokens:,} tokens" in line
     assert f"{plan.num_tokens / plan.bf16_tokens:.2f}x what bf16 holds" in line
-
-
-def test_contiguous_buffers_describe_one_row_a_page_and_layer() -> None:
-    layout = PageLayout(get_format("hack4"), 64, 2)
-    pool = QuantizedKVPool(plan_pool(8 << 20, (layout,) * 3, 4, 2), device="cpu", start_layer=5)
-    addresses, sizes, item_sizes = pool.get_contiguous_buf_infos()
-    assert len(addresses) == len(set(addresses)) == 3
-    assert item_sizes == [layout.page_bytes] * 3
-    assert sizes == [(pool.plan.num_pages + 1) * layout.page_bytes] * 3
-    assert pool.layer(6).pages.data_ptr() == addresses[1]
-    assert pool.layer(5).open_rows.dtype == torch.bfloat16

@@ -110,7 +110,7 @@ def assert_nothing_held(harness: Any) -> None:
     pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
     assert pool.open_slots.num_used() == 0
     assert tree.protected_size() == 0
-    assert allocator.available_size() + tree.evictable_size() == pool.size
+    assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
     assert int(pool.num_contained) == 0
 
 

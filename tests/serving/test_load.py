@@ -42,7 +42,7 @@ def test_random_load_ends_with_everything_free(
     monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)
     rng = random.Random(0)
     alive: list[str] = []
-    lowest_free = pool.size
+    lowest_free = pool.plan.num_tokens
     for number in range(num_requests):
         family = rng.randrange(8) * 500
         length = rng.choice([1, 5, 63, 64, 65, 100, 128, 200, 300, 450])
@@ -59,14 +59,14 @@ def test_random_load_ends_with_everything_free(
     harness.run()  # ends with SGLang's own idle check, which raises on a leak
 
     assert lowest_free < 2 * 64  # the pool really was full
-    assert allocator.available_size() + tree.evictable_size() == pool.size
+    assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
     assert tree.protected_size() == 0
     assert pool.open_slots.num_used() == 0
     roots = len(tree.root_node.children)
     assert pool.sink_slots.num_used() == roots
     assert len(harness.scheduler.req_to_token_pool.free_slots) == 6
     harness.flush()
-    assert allocator.available_size() == pool.size
+    assert allocator.available_size() == pool.plan.num_tokens
     assert pool.sink_slots.num_used() == 0
 
 

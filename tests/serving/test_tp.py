@@ -99,7 +99,7 @@ def _rank(
     pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
     first: list[Result] = harness.generate(prompts, NEW_TOKENS, input_logprobs=True)
     hits = harness.generate(prompts, NEW_TOKENS)
-    leaked = pool.size - allocator.available_size() - tree.evictable_size()
+    leaked = pool.plan.num_tokens - allocator.available_size() - tree.evictable_size()
     held = (pool.open_slots.num_used(), leaked, int(pool.num_contained))
     heads = pool.layout.num_kv_heads
     results.put((rank, {"first": first, "hits": hits, "held": held, "heads": heads}))

@@ -70,7 +70,7 @@ class SchedulerHarness:
 
     @property
     def pool(self) -> Any:
-        return self.scheduler.token_to_kv_pool_allocator.get_kvcache()
+        return self.scheduler.token_to_kv_pool_allocator.store
 
     @property
     def allocator(self) -> Any:
@@ -198,7 +198,7 @@ class SchedulerHarness:
         # Globals of SGLang keep the scheduler alive; its weights and pages need not be.
         for weight in self.scheduler.tp_worker.model_runner.model.parameters():
             weight.data = weight.data.new_empty(0)
-        if hasattr(self.pool, "layers"):
+        if hasattr(self.allocator, "store"):
             self.pool.layers.clear()
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()

@@ -17,9 +17,9 @@ from sgl_kvq.formats.base import PAGE_SIZE, QuantFormat
 from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.memory_pool.store import PagedStore
 from sgl_kvq.transfer.blocks import Block, HeadRange, cut_pages, cut_rows, heads_of_rank
 from sgl_kvq.transfer.decode.assembly import InTransfer
 from sgl_kvq.transfer.decode.client import DecodeThread
@@ -49,10 +49,10 @@ def make_pool(
     num_pages: int = 64,
     seed: int | None = None,
     device: str = "cpu",
-) -> QuantizedKVPool:
+) -> PagedStore:
     """A pool of random bytes; without a seed every byte is 0xEE, so that any write shows."""
     layouts = tuple(PageLayout(of_layer, 64, heads) for of_layer in pair_formats(format_name))
-    pool = QuantizedKVPool(PoolPlan(layouts, SINK_TOKENS, num_pages, 8), device=device)
+    pool = PagedStore(PoolPlan(layouts, SINK_TOKENS, num_pages, 8), device=device)
     generator = torch.Generator().manual_seed(seed or 0)
     for layer in pool.layers:
         for part in (layer.pages, layer.open_rows, layer.sink_rows):
@@ -64,7 +64,7 @@ def make_pool(
     return pool
 
 
-def fingerprint(pool: QuantizedKVPool, format_name: str = "hack2", weights: str = "same") -> Any:
+def fingerprint(pool: PagedStore, format_name: str = "hack2", weights: str = "same") -> Any:
     config = KVQuantConfig(pool.layout.format.name, sink_tokens=SINK_TOKENS)
     return make_fingerprint(config, pool.plan.layouts, NUM_HEADS, weights)
 
@@ -216,7 +216,7 @@ class DecodeSide:
         self.thread.close_room(self.endpoints[room], room, nonce, ticket, reason)
 
 
-def take_pages(pool: QuantizedKVPool, num_tokens: int, first: int) -> torch.Tensor:
+def take_pages(pool: PagedStore, num_tokens: int, first: int) -> torch.Tensor:
     """Pages from `first` on in shuffled order, with the slots the allocator would give them."""
     count = -(-num_tokens // PAGE_SIZE)
     pages = first + torch.randperm(count)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.kernels.append.cpu import ClosingPages, DecodeAppend, ExtendAppend
 from sgl_kvq.kernels.decode.reference import DecodePlan, plan_decode
 from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read
 from sgl_kvq.memory_pool.storage import PageTable, num_pages_of
+from sgl_kvq.memory_pool.store import PagedStore
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _page_of(req_to_token: torch.Tensor, row: int, num_pages: int) -> torch.Tens
 
 
 def decode_metadata(
-    forward_batch: Any, req_to_token: torch.Tensor, pool: QuantizedKVPool
+    forward_batch: Any, req_to_token: torch.Tensor, pool: PagedStore
 ) -> DecodeMetadata:
     """Prepare a decode step.
 
@@ -87,7 +87,7 @@ def decode_metadata(
 def extend_metadata(
     forward_batch: Any,
     req_to_token: torch.Tensor,
-    pool: QuantizedKVPool,
+    pool: PagedStore,
     quantized_prefill: bool,
 ) -> ExtendMetadata:
     """Prepare an extend step.
@@ -142,7 +142,7 @@ def extend_metadata(
 
 
 def _extend_append(
-    pool: QuantizedKVPool,
+    pool: PagedStore,
     touched_pages: list[torch.Tensor],
     rows_in_page: list[int],
     resumed: list[int],

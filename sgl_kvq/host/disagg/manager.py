@@ -55,9 +55,9 @@ class KvqManager(CommonKVManager):
         """
         config = quant_config(self.server_args)
         assert config is not None
-        self.pool = pool
+        self.pool = pool.store
         heads = heads_of_rank(num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
-        self.access = open_pool(pool, heads, forward_stream)
+        self.access = open_pool(self.pool, heads, forward_stream)
         fingerprint = make_fingerprint(
             config,
             pool.plan.layouts,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from sgl_kvq.errors import WireError
-from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.memory_pool.store import PagedStore
 from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, run_of
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, Buffer
 
@@ -31,7 +31,7 @@ class PoolAccess(ABC):
 
     shareable = False
 
-    def __init__(self, pool: QuantizedKVPool, heads: HeadRange) -> None:
+    def __init__(self, pool: PagedStore, heads: HeadRange) -> None:
         self.pool = pool
         self.heads = heads
         self.layout = pool.layout
@@ -146,7 +146,7 @@ class CpuPoolAccess(PoolAccess):
 
     shareable = True
 
-    def __init__(self, pool: QuantizedKVPool, heads: HeadRange) -> None:
+    def __init__(self, pool: PagedStore, heads: HeadRange) -> None:
         super().__init__(pool, heads)
         self._pages: list[Bytes] = [layer.pages.numpy() for layer in pool.layers]
         self._rows: dict[BlockKind, list[Bytes]] = {

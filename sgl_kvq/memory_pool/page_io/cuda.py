@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.memory_pool.page_io.cpu import Bytes, CpuPoolAccess, PoolAccess
+from sgl_kvq.memory_pool.store import PagedStore
 from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, run_of
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, Buffer
 
 
 def open_pool(
-    pool: QuantizedKVPool, heads: HeadRange, forward_stream: Any = None
+    pool: PagedStore, heads: HeadRange, forward_stream: Any = None
 ) -> CpuPoolAccess | GpuPoolAccess:
     """The way to a rank's pool for its transfer thread.
 
@@ -36,7 +36,7 @@ class GpuPoolAccess(PoolAccess):
         forward_stream: CUDA stream that the model runs on; None for the current one.
     """
 
-    def __init__(self, pool: QuantizedKVPool, heads: HeadRange, forward_stream: Any) -> None:
+    def __init__(self, pool: PagedStore, heads: HeadRange, forward_stream: Any) -> None:
         super().__init__(pool, heads)
         # What runs here is short and a network waits for it.
         self._stream = torch.cuda.Stream(device=pool.device, priority=-1)
