@@ -12,7 +12,7 @@ from sgl_kvq.commands.check import command as check
 from sgl_kvq.commands.check import kernel_errors
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
-from sgl_kvq.kernels.decode import reference
+from sgl_kvq.kernels.decode import cpu as decode_cpu
 from sgl_kvq.kernels.extend import reference as extend_reference
 
 
@@ -47,13 +47,13 @@ def test_a_decode_that_reads_the_wrong_pages_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    original = reference.plan_decode
+    original = decode_cpu.plan_decode
 
     def shifted(table: Any, sink_tokens: int) -> Any:
         table.kv_indices.copy_(table.kv_indices.roll(1))
         return original(table, sink_tokens)
 
-    monkeypatch.setattr(reference, "plan_decode", shifted)
+    monkeypatch.setattr(decode_cpu, "plan_decode", shifted)
     assert main(["check", "--formats", "hack4", "--head-dim", "64"]) == 1
     text = capsys.readouterr().out
     assert "FAIL hack4" in text

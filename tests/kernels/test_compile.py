@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
+from sgl_kvq.kernels.common.compile import compile_for
 from sgl_kvq.kernels.common.page_spec import PageSpec, page_spec
 from sgl_kvq.kernels.common.rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
@@ -24,38 +20,6 @@ from sgl_kvq.kernels.page_table.kernel import _tables_fwd_kernel
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
-ROWS = ("k_ptr", "v_ptr", "q_ptr", "x_ptr", "open_rows_ptr", "prior_rows_ptr", "sink_rows_ptr")
-POINTERS = {
-    **dict.fromkeys(ROWS, "*bf16"),
-    **dict.fromkeys(("out_ptr", "stat_ptr", "lse_ptr"), "*fp32"),
-    "q_codes_ptr": "*bf16",
-    **dict.fromkeys(("final_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr"), "*bf16"),
-    **dict.fromkeys(("q_matrix_ptr", "k_matrix_ptr", "v_matrix_ptr"), "*fp32"),
-    **dict.fromkeys(("seq_lens_ptr", "rows_ptr"), "*i64"),
-    **dict.fromkeys(("open_slot_of_ptr", "sink_slot_of_ptr"), "*i64"),
-    "pages_ptr": "*u8",
-    **dict.fromkeys(("num_contained_ptr", "displacements_ptr"), "*i64"),
-    "sm_scale_log2": "fp32",
-}
-
-
-def compile_for(kernel: Any, arch: int, constants: dict[str, Any], **options: Any) -> Any:
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        return POINTERS.get(name, "*i32" if name.endswith("_ptr") else "i32")
-
-    signature = {name: kind(name) for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.startswith("stride")
-    }
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    target = GPUTarget("cuda", arch, 32)
-    return triton.compile(
-        source(kernel, signature, constants, aligned), target=target, options=options
-    )
 
 
 def spec_of(name: str, head_dim: int) -> PageSpec:

@@ -8,9 +8,10 @@ from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.cpu import ClosingPages, ExtendAppend, append_extend
+from sgl_kvq.kernels.decode.reference import attend
 from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read, extend
 from sgl_kvq.memory_pool.storage import PagedCache
-from tests.support.attention import attention_fp64, random_rows, relative_error
+from tests.support.attention import random_rows, relative_error
 
 HEADS, GROUP, HEAD_DIM, SINKS = 2, 3, 64, 4
 
@@ -98,7 +99,7 @@ def test_chunks_against_fp64(name: str, chunks: list[int], quantized_prefill: bo
             torch.cat([c[:in_codes], rows[in_codes : i + 1].double()])
             for c, rows in zip(codes, (k, v), strict=True)
         )
-        expected[i], _ = attention_fp64(q[i], keys, values, 0.125)
+        expected[i], _ = attend(q[i], keys, values, 0.125)
     assert relative_error(out, expected) < 1e-5
 
 
@@ -118,5 +119,5 @@ def test_two_requests_do_not_see_each_other() -> None:
     for start, end in ((0, 30), (30, 90)):
         for i in range(start, end):
             seen = slice(start, i + 1)
-            expected, _ = attention_fp64(q[i], k[seen].double(), v[seen].double(), 0.125)
+            expected, _ = attend(q[i], k[seen].double(), v[seen].double(), 0.125)
             assert relative_error(out[i], expected) < 1e-5

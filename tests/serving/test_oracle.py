@@ -19,7 +19,6 @@ from tests.support.hf_oracle import FORMATS, oracle_logprobs
 
 SHORT, LONG, DECODED = 330, 2150, 70
 ALWAYS = ("hack4", "k4v2", "saw4", "bf16")  # and hack2, past 2,000 tokens
-INTEGER_FORMATS = ["hack2", "hack4", "hack2-v1"]
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -30,7 +29,6 @@ def serve(
     name: str,
     prompt: list[int],
     decoded: int,
-    arithmetic: str = "dequantize",
     **more: Any,
 ) -> tuple[Any, list[int]]:
     """One request; returns its result and the whole sequence."""
@@ -43,7 +41,6 @@ def serve(
         dtype="float32",
         **more,
     )
-    harness.scheduler.tp_worker.model_runner.attn_backend.arithmetic = arithmetic
     (result,) = harness.generate([prompt], decoded, input_logprobs=True)
     return result, prompt + result.output_ids
 
@@ -87,20 +84,6 @@ def test_prefill_and_decode(
     other = "hack4" if name in ("hack2", "kivi2") else "hack2"
     wrong = oracle_logprobs(short_model_path, sequence, other).logprobs
     assert difference(result.input_logprobs, wrong[: length - 1]).mean() > 0.01
-
-
-@pytest.mark.parametrize("name", INTEGER_FORMATS)
-def test_integer_decode_in_exact_mode(
-    name: str, short_model_path: str, text_ids: list[int], start_scheduler: Callable[..., Any]
-) -> None:
-    """A prompt of one page, so that decode alone reads codes: with 8-bit queries, as HACK does."""
-    result, sequence = serve(
-        start_scheduler, short_model_path, name, text_ids[:60], 140, arithmetic="integer"
-    )
-    oracle = oracle_logprobs(short_model_path, sequence, name).logprobs
-    found = difference(result.output_logprobs, oracle[59:])
-    assert found.mean() < 0.03  # 8-bit left factors; 2-bit codes themselves cost ten times that
-    assert found.mean() > 1e-6  # and they really are in use
 
 
 @pytest.mark.parametrize("length", [SHORT, pytest.param(LONG, marks=pytest.mark.long)])

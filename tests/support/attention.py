@@ -1,4 +1,4 @@
-"""Random caches, fp64 attention and error budgets for kernel tests."""
+"""Random caches and errors for kernel tests."""
 
 from __future__ import annotations
 
@@ -95,18 +95,6 @@ def random_cache(
         sink_slots=slots.int(),
     )
     return RandomCache(layout, PagedCache(pages, open_rows, sink_rows), table, seen)
-
-
-def attention_fp64(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sm_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query [num_qo_heads, head_dim] against fp64 K, V; returns (out, log2-sum-exp2 lse)."""
-    num_qo_heads, head_dim = q.shape
-    grouped = q.double().view(keys.shape[1], -1, head_dim)
-    scores = torch.einsum("hgd,thd->hgt", grouped, keys) * sm_scale
-    out = torch.einsum("hgt,thd->hgd", scores.softmax(-1), values)
-    lse = scores.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
-    return out.reshape(num_qo_heads, head_dim), lse.reshape(num_qo_heads)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

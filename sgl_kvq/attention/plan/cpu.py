@@ -9,7 +9,7 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.append.cpu import ClosingPages, DecodeAppend, ExtendAppend
-from sgl_kvq.kernels.decode.reference import DecodePlan, plan_decode
+from sgl_kvq.kernels.decode.cpu import DecodePlan, plan_decode
 from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read
 from sgl_kvq.memory_pool.storage import PageTable, num_pages_of
 from sgl_kvq.memory_pool.store import PagedStore

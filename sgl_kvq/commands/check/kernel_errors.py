@@ -197,10 +197,10 @@ def _decode(
 
         workspace = DecodeWorkspace(len(q), q.shape[1], layout, q.device)
         return decode(q, cache, table, layout, sm_scale, workspace)[0]
-    from sgl_kvq.kernels.decode import reference
+    from sgl_kvq.kernels.decode import cpu
 
-    plan = reference.plan_decode(table, cache.sink_tokens)
-    return reference.decode(q, cache, plan, layout, sm_scale)[0]
+    plan = cpu.plan_decode(table, cache.sink_tokens)
+    return cpu.decode(q, cache, plan, layout, sm_scale)[0]
 
 
 def _as_read(layout: PageLayout, sample: Sample, encoded: torch.Tensor) -> torch.Tensor:

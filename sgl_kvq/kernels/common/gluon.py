@@ -1,7 +1,7 @@
 """Gluon, Triton's dialect with explicit register layouts, and a stand-in for Triton's interpreter.
 
-Kernels import `gl`, `jit`, `mma_v2`, `async_copy` and `constexpr_function` from here. With
-TRITON_INTERPRET=1 they resolve to plain Triton without layouts, so that the logic of the same
+Kernels import `gl`, `jit`, `mma_v2`, `async_copy`, `barrier` and `constexpr_function` from here.
+With TRITON_INTERPRET=1 they resolve to plain Triton without layouts, so that the logic of the same
 source runs on a CPU; Gluon itself has no interpreter. Inline assembly has none either: callers
 branch on `INTERPRET`.
 """
@@ -98,7 +98,6 @@ def _interpreted_language() -> SimpleNamespace:
     for name in _LAYOUTS:
         setattr(namespace, name, getattr(gluon_language, name))
     namespace.allocate_shared_memory = lambda dtype, shape, layout: _InterpretedBuffer(shape)
-    namespace.thread_barrier = lambda: None
     namespace.pointer_type = tl.pointer_type
     namespace.arange, namespace.full, namespace.zeros = arange, full, zeros
     namespace.convert_layout = convert_layout
@@ -110,7 +109,20 @@ def _interpreted_mma(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
+def _no_barrier() -> None:
+    """The interpreter runs a whole program at once."""
+
+
+def _barrier() -> Any:
+    """Gluon's barrier among the threads of a program: `thread_barrier` before Triton 3.7."""
+    if INTERPRET:
+        return _no_barrier
+    name = "barrier" if hasattr(gluon_language, "barrier") else "thread_barrier"
+    return getattr(gluon_language, name)
+
+
 constexpr_function = gluon.constexpr_function
+barrier: Any = _barrier()
 gl: Any = _interpreted_language() if INTERPRET else gluon_language
 jit: Any = triton.jit if INTERPRET else gluon.jit
 mma_v2: Any = _interpreted_mma if INTERPRET else ampere.mma_v2

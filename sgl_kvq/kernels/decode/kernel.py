@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import (
+    barrier,
     gl,
     jit,
 )
@@ -153,7 +154,7 @@ def attend_segment(
         prefetch_rows(open_ptr, last_page_len, SPEC)
     if FRESH:
         store_fresh_row(open_ptr + (last_page_len - 1) * ROW, k_row, v_row, stores, SPEC)
-        gl.thread_barrier()  # other lanes read it below
+        barrier()  # other lanes read it below
     m_run = gl.full([HEADS], LOWEST, gl.float32, COLS)
     lane_sum = gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS))
     offsets = ()

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import (
     async_copy,
+    barrier,
     gl,
     jit,
     mma_v2,
@@ -264,7 +265,7 @@ def start_pages(
     """
     coming = gl.load(indices_ptr + gl.minimum(first, end)).to(gl.int64)
     here = coming
-    gl.thread_barrier()  # an earlier segment's pages may still be read
+    barrier()  # an earlier segment's pages may still be read
     for ahead in tl.static_range(STAGES - 1):
         start_page(buffers, ahead, page_ptr + coming * SPEC.page_bytes, first + ahead < end, SPEC)
         coming = gl.load(indices_ptr + gl.minimum(first + ahead + 1, end)).to(gl.int64)
@@ -286,7 +287,7 @@ def attend_pages(
     extra = _fetch_extra(page_ptr + here * SPEC.page_bytes, SPEC)
     for index in range(first, end):
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
+        barrier()
         wanted = index + STAGES - 1 < end
         start_page(buffers, free, page_ptr + coming * SPEC.page_bytes, wanted, SPEC)
         coming = gl.load(indices_ptr + gl.minimum(index + STAGES, end)).to(gl.int64)

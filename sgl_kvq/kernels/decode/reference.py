@@ -1,380 +1,123 @@
-"""Decode attention over code pages in plain torch. This file is the specification.
+"""Decode attention over quantized pages in plain torch and float64: the specification.
 
-All products run on codes in float32 (float64 for a float64 q), which holds them exactly; nothing is
-dequantized to memory. For a query q and a page with per-channel (s, m):
-q . k_t = sum_c (q_c s_c) code_tc + sum_c q_c m_c; per-token groups move s and m outside the sum.
-"integer" arithmetic first quantizes the left factor to 8 bits, u ~ alpha a + mu, and takes mu times
-the cached code sums, as HACK does. Exponentials are base 2: scores carry a factor log2(e).
-
-Source: HACK (arXiv 2502.03589) equation 4 and its ATC '26 form for per-channel K.
+out = softmax(sm_scale * q K^T) V over what a request reads: its closed pages, dequantized, with
+their first `sink_tokens` rows taken from the 16-bit sink rows, then the 16-bit rows of its last
+page. Kernels and the CPU path compute the same from the codes and are tested against this file.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from torch.nn.functional import embedding_bag
 
-from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Arithmetic, Coding
-from sgl_kvq.formats.dequantize import unpack_planes
-from sgl_kvq.formats.hadamard import rotate
+from sgl_kvq.formats.base import partition_size
+from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
-LOG2_E = math.log2(math.e)
-_LEFT_MAX_CODE = 255  # 8-bit queries and probabilities
+
+def read_sequence(
+    cache: PagedCache, table: PageTable, layout: PageLayout, request: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather K and V of one request, each float64 [seq_len, num_kv_heads, head_dim]."""
+    first, end = table.kv_indptr[request : request + 2].tolist()
+    pages = cache.pages[table.kv_indices[first : end - 1].long()]
+    closed = torch.stack([decode_keys(pages, layout), decode_values(pages, layout)])
+    closed = closed.double().transpose(2, 3).flatten(1, 2)  # [2, tokens, H, D]
+    if len(pages):
+        closed[:, : cache.sink_tokens] = cache.sink_rows[table.sink_slots[request]].double()
+    opened = cache.open_rows[table.open_slots[request], :, : table.kv_last_page_len[request]]
+    k, v = torch.cat([closed, opened.double()], dim=1)
+    return k, v
 
 
-@dataclass(frozen=True)
-class DecodePlan:
-    """Index tensors of a batch, the same for every layer.
-
-    Args:
-        pages: int64 [N], closed pages of all requests.
-        requests: int64 [N], whose they are.
-        page_bias: float32 [N, 1, 1, PAGE_SIZE], 0 for tokens read from codes, -inf for sinks.
-        page_order: int64 [N], 0 to N - 1.
-        first_page: int64 [batch], where a request's pages begin among the N.
-        tail_bias: float32 [batch, 1, 1, sink_tokens + PAGE_SIZE], 0 for 16-bit rows that are read,
-            -inf for others.
-        open_rows: int64 [PAGE_SIZE * 2 * batch], rows of `open_rows` of the cache, counted over
-            slots: by token, then K before V, then request. The first row stands in for those not
-            written yet.
-        sink_rows: int64 [sink_tokens * 2 * batch], likewise in `sink_rows`.
-        no_sinks: bool [sink_tokens * 2 * batch, 1, 1], rows of requests without sinks.
-    """
-
-    pages: torch.Tensor
-    requests: torch.Tensor
-    page_bias: torch.Tensor
-    page_order: torch.Tensor
-    first_page: torch.Tensor
-    tail_bias: torch.Tensor
-    open_rows: torch.Tensor
-    sink_rows: torch.Tensor
-    no_sinks: torch.Tensor
-
-
-def plan_decode(table: PageTable, sink_tokens: int) -> DecodePlan:
-    """Prepare what all layers share.
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query over the rows of its request, in float64.
 
     Args:
-        table: The batch.
-        sink_tokens: Leading tokens kept in 16 bits.
-    """
-    device = table.kv_indices.device
-    num_closed = table.kv_indptr.diff().long() - 1
-    batch = torch.arange(len(num_closed), device=device)
-    requests = torch.repeat_interleave(batch, num_closed)
-    first = torch.cumsum(num_closed, 0) - num_closed
-    page_order = torch.arange(len(requests), device=device)
-    position = page_order - first[requests]
-    pages = table.kv_indices[table.kv_indptr[:-1].long()[requests] + position].long()
-    token = torch.arange(PAGE_SIZE, device=device)
-    is_sink = (position[:, None] == 0) & (token < sink_tokens)
-    no_sinks = (num_closed == 0)[:, None]
-    is_open = token < table.kv_last_page_len[:, None]
-    unread = torch.cat([no_sinks.expand(-1, sink_tokens), ~is_open], dim=1)
-    return DecodePlan(
-        pages=pages,
-        requests=requests,
-        page_bias=_bias(is_sink)[:, None, None, :],
-        page_order=page_order,
-        first_page=first,
-        tail_bias=_bias(unread)[:, None, None, :],
-        open_rows=_row_indices(table.open_slots, token * is_open, PAGE_SIZE),
-        sink_rows=_row_indices(table.sink_slots, token[:sink_tokens], sink_tokens),
-        no_sinks=no_sinks.T.expand(2 * sink_tokens, -1).reshape(-1, 1, 1),
-    )
-
-
-def _bias(unread: torch.Tensor) -> torch.Tensor:
-    """float32 like `unread`: -inf where True, 0 elsewhere."""
-    return torch.zeros(unread.shape, device=unread.device).masked_fill_(unread, -torch.inf)
-
-
-def _row_indices(slots: torch.Tensor, offsets: torch.Tensor, slot_rows: int) -> torch.Tensor:
-    """Index the rows of [slots, 2, slot_rows] as if flat.
-
-    Args:
-        slots: int32 [batch].
-        offsets: int64 [batch, n] or [n], rows inside a slot.
-        slot_rows: Rows of K, and of V, in a slot.
+        q: [num_qo_heads, head_dim]; query heads of a KV head are adjacent.
+        k: [tokens, num_kv_heads, head_dim].
+        v: Like k.
+        sm_scale: Factor on the scores.
 
     Returns:
-        int64 [n * 2 * batch]: by offset, then K before V, then slot.
+        (out like q, lse [num_qo_heads] in log base 2), both float64.
     """
-    k_or_v = torch.arange(2, device=slots.device)[:, None]
-    begin = (slots.long() * 2 + k_or_v) * slot_rows  # [2, batch]
-    return (begin + offsets.expand(len(slots), -1).T.unsqueeze(1)).flatten()
+    grouped = q.double().unflatten(0, (k.shape[1], -1))
+    scores = torch.einsum("hgd,thd->hgt", grouped, k.double()) * sm_scale
+    out = torch.einsum("hgt,thd->hgd", scores.softmax(-1), v.double())
+    return out.flatten(0, 1), scores.logsumexp(-1).flatten() / math.log(2)
 
 
 def decode(
-    q: torch.Tensor,
-    cache: PagedCache,
-    plan: DecodePlan,
-    layout: PageLayout,
-    sm_scale: float,
-    arithmetic: Arithmetic = "dequantize",
+    q: torch.Tensor, cache: PagedCache, table: PageTable, layout: PageLayout, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query a request over its whole cached sequence.
 
     Args:
         q: [batch, num_qo_heads, head_dim], after RoPE.
-        cache: The layer's storage; the request's newest row is already in its open slot.
-        plan: From `plan_decode`.
-        layout: Of the pages.
+        cache: The layer's storage; each request's newest row is already in its open slot.
+        table: Pages of each request.
+        layout: Layout of the pages.
         sm_scale: Factor on the scores.
-        arithmetic: How products with codes are computed; "integer" needs a format with code sums.
 
     Returns:
-        out like q; lse float32 [batch, num_qo_heads], log base 2 as FlashInfer's.
+        (out like q, lse [batch, num_qo_heads] in log base 2), both float64.
     """
-    batch, num_qo_heads, head_dim = q.shape
-    compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    heads = (batch, layout.num_kv_heads)
-    grouped = q.to(compute_dtype).mul(sm_scale * LOG2_E).view(*heads, -1, head_dim)  # [B, H, G, D]
-    tail_k, tail_v = _tail_rows(cache, plan, compute_dtype)  # [B * H, S + P, D]
-    tail_scores = torch.bmm(grouped.flatten(0, 1), tail_k.transpose(1, 2)).unflatten(0, heads)
-    tail_scores += plan.tail_bias
-    top = tail_scores.amax(-1)  # [B, H, G]
-
-    # As words: copying few elements stays on one CPU thread, see `_mask_planes`.
-    rows = cache.pages.view(torch.int64).index_select(0, plan.pages).view(torch.uint8)
-    integer = arithmetic == "integer"
-    page_q = grouped.index_select(0, plan.requests)
-    scores = page_scores(page_q, rows, layout, integer)  # [N, H, G, P]
-    scores += plan.page_bias
-    owners = plan.requests[:, None, None].expand(scores.shape[:3])
-    top = top.scatter_reduce(0, owners, scores.amax(-1), "amax")
-
-    tail_weights = torch.exp2(tail_scores - top[..., None])
-    weights = torch.exp2(scores - top.index_select(0, plan.requests)[..., None])
-    total = tail_weights.sum(-1).index_add_(0, plan.requests, weights.sum(-1))
-    out = _sum_by_request(page_values(weights, rows, layout, integer), plan)  # [B, H, G, D]
-    if layout.format.v.rotated:
-        out = rotate(out, layout.rotation_order)
-    out = torch.baddbmm(out.flatten(0, 1), tail_weights.flatten(0, 1), tail_v)
-    out = out.view(batch, num_qo_heads, head_dim) / total.view(batch, num_qo_heads, 1)
-    lse = (top + total.log2()).float().view(batch, num_qo_heads)
-    return out.to(q.dtype), lse
+    results = [
+        attend(row, *read_sequence(cache, table, layout, request), sm_scale)
+        for request, row in enumerate(q)
+    ]
+    return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results])
 
 
-def _tail_rows(
-    cache: PagedCache, plan: DecodePlan, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather sink and open rows as K and V of `dtype`, each [batch * H, sink_tokens + P, D].
-
-    A slot's unwritten rows may hold anything, and 0 * NaN is NaN, so none of them is gathered.
-    """
-    sinks = cache.sink_rows.flatten(0, 2).index_select(0, plan.sink_rows)
-    opened = cache.open_rows.flatten(0, 2).index_select(0, plan.open_rows)
-    rows = torch.cat([sinks.masked_fill_(plan.no_sinks, 0), opened])  # [(S + P) * 2 * batch, H, D]
-    by_head = rows.view(plan.tail_bias.shape[-1], 2, -1, *rows.shape[1:]).permute(1, 2, 3, 0, 4)
-    k, v = by_head.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
-    return k, v
-
-
-def _sum_by_request(values: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
-    """Add up the pages of each request: [N, H, G, D] to [batch, H, G, D].
-
-    `embedding_bag` adds rows in order; `index_add` sorts first (106 against 6 us, 16 pages, Xeon).
-    """
-    summed = embedding_bag(plan.page_order, values.flatten(1), plan.first_page, mode="sum")
-    return summed.view(-1, *values.shape[1:])
-
-
-def quantize_left(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the left factor of a product to 8 bits along its last dimension.
-
-    x ~ alpha * a + mu with a in 0..255, mu = min x, alpha = (max x - min x) / 255.
+def quantize_left(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round the left factor of a product to 8 bits along its last dimension: x ~ step * a + low.
 
     Args:
-        x: float32 [..., n].
+        x: [..., n].
 
     Returns:
-        (alpha * a) like x, mu [..., 1].
+        a [..., n], whole numbers from 0 to 255; step and low, each [..., 1]; all float64.
     """
-    mu = x.amin(-1, keepdim=True)
-    alpha = (x.amax(-1, keepdim=True) - mu) / _LEFT_MAX_CODE
-    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
-    return ((x - mu) / alpha).round() * alpha, mu
+    x = x.double()
+    low = x.amin(-1, keepdim=True)
+    step = (x.amax(-1, keepdim=True) - low) / 255
+    step = torch.where(step > 0, step, 1.0)
+    return ((x - low) / step).round(), step, low
 
 
-def page_scores(
-    q: torch.Tensor, rows: torch.Tensor, layout: PageLayout, integer: bool
-) -> torch.Tensor:
-    """Scores of a page's own query group against its 64 keys.
+def hack_integer_scores(q: torch.Tensor, rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Scores by HACK's homomorphic arithmetic: 8-bit queries times codes, and sums of the codes.
+
+    With u ~ step * a + low in a partition, sum_c u_c code_tc = step * (a . code_t) + low * (sum of
+    code_t). On the channel axis u = q * scale and the minima meet q itself; on the token axis
+    u = q, and scale and minimum move outside the sum. No kernel computes this: they multiply 16-bit
+    queries. HACK stores the sums, here they are computed.
 
     Args:
-        q: float32 or float64 [N, H, G, D], scaled; unrotated.
-        rows: uint8 [N, page_bytes].
-        layout: Of the rows.
-        integer: Quantize the left factor and use the cached sums.
+        q: [N, num_kv_heads, gqa_group, head_dim], unrotated.
+        rows: uint8 [N, page_bytes], without outlier channels.
+        layout: Layout of the rows.
 
     Returns:
-        Like q, [N, H, G, PAGE_SIZE].
+        float64 [N, num_kv_heads, gqa_group, PAGE_SIZE], without `sm_scale`.
+
+    Source: HACK (arXiv 2502.03589) equation 4 and its ATC '26 form for per-channel K.
     """
     coding = layout.format.k
-    codes = layout.view(rows, "k_codes")
-    if coding.is_raw:
-        return q @ codes.to(q.dtype).transpose(-1, -2)
-    if coding.rotated:
-        q = rotate(q, layout.rotation_order)
-    scales, mins = _scales_and_mins(rows, "k", layout, q.dtype)
-    if coding.axis == "channel":
-        left = q * scales.unsqueeze(2)
-        offset = (q * mins.unsqueeze(2)).sum(-1, keepdim=True)
-        if not integer:
-            products = _k_products(left, codes, coding, 1).squeeze(2)
-            if outliers := coding.num_outliers(layout.head_dim):
-                extra = left[..., :outliers] * 0.5**EXTRA_BITS
-                products += _k_products(
-                    extra, layout.view(rows, "k_extra"), Coding(EXTRA_BITS), 1
-                ).squeeze(2)
-            return products + offset
-        left, mu = quantize_left(left.unflatten(-1, (-1, layout.partition)))
-        sums = layout.view(rows, "k_sums").to(q.dtype)  # [N, H, partitions, P]
-        products = _k_products(left.flatten(-2), codes, coding, 1).squeeze(2)
-        return products + mu.squeeze(-1) @ sums + offset
-    groups = scales.shape[2]
-    left = q.unflatten(-1, (groups, -1)).transpose(2, 3)  # [N, H, groups, G, D/groups]
-    group_mu: torch.Tensor | None = None
-    if integer:
-        left, group_mu = quantize_left(left)
-    products = _k_products(left.transpose(2, 3).flatten(-2), codes, coding, groups)
-    left_sums = left.sum(-1, keepdim=True)  # [N, H, groups, G, 1]
-    if group_mu is not None:
-        products = products + group_mu * layout.view(rows, "k_sums").to(q.dtype).unsqueeze(3)
-        left_sums = left_sums + group_mu * left.shape[-1]
+    size = partition_size(layout.head_dim)
+    scales, mins = (layout.view(rows, name).double() for name in ("k_scales", "k_mins"))
+    codes = unpack_planes(layout.view(rows, "k_codes"), coding.num_planes, -1).double()
+    codes = codes.unflatten(-1, (-1, size)).permute(0, 1, 3, 4, 2)  # [N, H, partitions, size, P]
+    per_channel = coding.axis == "channel"
+    left = q.double() * scales.unsqueeze(2) if per_channel else q.double()
+    a, step, low = quantize_left(left.unflatten(-1, (-1, size)).transpose(2, 3))
+    products = step * (a @ codes) + low * codes.sum(-2, keepdim=True)  # [N, H, partitions, G, P]
+    if per_channel:
+        return products.sum(2) + (q.double() * mins.unsqueeze(2)).sum(-1, keepdim=True)
+    left_sums = step * a.sum(-1, keepdim=True) + size * low
     return (products * scales.unsqueeze(3) + left_sums * mins.unsqueeze(3)).sum(2)
-
-
-def _scales_and_mins(
-    rows: torch.Tensor, name: str, layout: PageLayout, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read both in one conversion, each [N, H, *shape]: minima lie right behind the scales."""
-    field = layout.fields[f"{name}_scales"]
-    heads = rows.view(len(rows), layout.num_kv_heads, layout.head_bytes)
-    both = heads.narrow(2, field.offset_bytes, 2 * field.size_bytes).view(field.dtype).to(dtype)
-    scales, mins = both.view(*both.shape[:2], 2, *field.shape).unbind(2)
-    return scales, mins
-
-
-def _k_products(
-    left: torch.Tensor, codes: torch.Tensor, coding: Coding, groups: int
-) -> torch.Tensor:
-    """Multiply left [N, H, G, D] with key codes [N, H, P, D*b/8], apart for each channel group.
-
-    Returns:
-        Like left, [N, H, groups, G, P].
-    """
-    planes = coding.num_planes
-    if groups > 1:
-        natural = unpack_planes(codes, planes, -1).to(left.dtype).unflatten(-1, (groups, -1))
-        return left.unflatten(-1, (groups, -1)).transpose(2, 3) @ natural.permute(0, 1, 3, 4, 2)
-    # Codes stay at their bit position, 2^bits times too large from one plane to the next.
-    masked = _mask_planes(codes, coding, left.dtype)  # [N, H, planes, P, D/planes]
-    num, heads, gqa_group, _ = left.shape
-    by_plane = left.unflatten(-1, (planes, masked.shape[-1]))
-    left = by_plane.transpose(2, 3).flatten(0, 2)  # [N * H * planes, G, D/planes]
-    scores = torch.bmm(left, masked.flatten(0, 2).transpose(1, 2))
-    plane_scores = scores.view(num, heads, planes, gqa_group, PAGE_SIZE).unbind(2)
-    products = plane_scores[-1]
-    for product in plane_scores[-2::-1]:
-        products = torch.add(product, products, alpha=0.5**coding.num_bits)
-    return products.unsqueeze(2)
-
-
-def _mask_planes(codes: torch.Tensor, coding: Coding, dtype: torch.dtype) -> torch.Tensor:
-    """Split bytes into their fields without shifting: uint8 [N, H, a, b] to [N, H, n, a, b].
-
-    Eight bytes at a time: an operator on as few elements as that stays on one CPU thread, and
-    waking a second one takes longer than the work.
-    """
-    num, heads, a, b = codes.shape
-    words = codes.view(num, heads, 1, a * b).view(torch.int64)
-    fields = (words & _plane_masks(coding, codes.device)).view(torch.uint8)
-    return fields.to(dtype).view(num, heads, coding.num_planes, a, b)
-
-
-@lru_cache(maxsize=64)
-def _plane_masks(coding: Coding, device: torch.device) -> torch.Tensor:
-    """int64 [planes, 1], the bits of one field in each of eight bytes."""
-    masks = [coding.max_code << (coding.num_bits * plane) for plane in range(coding.num_planes)]
-    words = [int.from_bytes(bytes([mask] * 8), "little", signed=True) for mask in masks]
-    return torch.tensor(words, device=device)[:, None]
-
-
-@lru_cache(maxsize=64)
-def _undo_shift(
-    coding: Coding, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """[head_dim], what brings a masked field of a channel back to the size of its code."""
-    shifts = [-coding.num_bits * plane for plane in range(coding.num_planes)]
-    undo = torch.tensor([2.0**shift for shift in shifts], dtype=dtype, device=device)
-    return undo.repeat_interleave(head_dim // coding.num_planes)
-
-
-def page_values(
-    weights: torch.Tensor, rows: torch.Tensor, layout: PageLayout, integer: bool
-) -> torch.Tensor:
-    """Weighted sum of a page's 64 values, in the rotated basis if V is rotated.
-
-    Args:
-        weights: float32 or float64 [N, H, G, PAGE_SIZE], 0 for tokens that are not read.
-        rows: uint8 [N, page_bytes].
-        layout: Of the rows.
-        integer: Quantize the left factor and use the cached sums.
-
-    Returns:
-        Like weights, [N, H, G, D].
-    """
-    coding = layout.format.v
-    codes = layout.view(rows, "v_codes")
-    if coding.is_raw:
-        return weights @ codes.to(weights.dtype)
-    scales, mins = _scales_and_mins(rows, "v", layout, weights.dtype)
-    sums = layout.view(rows, "v_sums").to(weights.dtype) if integer else None  # [N, H, D]
-    if coding.axis == "token":
-        left = weights.unsqueeze(2) * scales.unsqueeze(3)  # [N, H, groups, G, P]
-        products = _v_products(left, codes, coding, sums)
-        offset = weights @ mins.transpose(-1, -2)  # [N, H, G, groups]
-        return (products.transpose(2, 3) + offset.unsqueeze(-1)).flatten(-2)
-    products = _v_products(weights.unsqueeze(2), codes, coding, sums).squeeze(2)
-    total = weights.sum(-1, keepdim=True)
-    return products * scales.unsqueeze(2) + total * mins.unsqueeze(2)
-
-
-def _v_products(
-    left: torch.Tensor, codes: torch.Tensor, coding: Coding, sums: torch.Tensor | None
-) -> torch.Tensor:
-    """Multiply left [N, H, groups, G, P] with value codes [N, H, D*b/8, P].
-
-    Args:
-        left: Weights of each channel group.
-        codes: Packed along the channels.
-        coding: Of the values.
-        sums: Code sums [N, H, D]: quantize the left factor and use them; None: do not.
-
-    Returns:
-        Like left, [N, H, groups, G, D / groups].
-    """
-    groups = left.shape[2]
-    mu: torch.Tensor | None = None
-    if sums is not None:
-        left, mu = quantize_left(left)
-    masked = _mask_planes(codes, coding, left.dtype)  # [N, H, planes, D/planes, P]
-    num, heads, _, gqa_group, _ = left.shape
-    head_dim = coding.num_planes * codes.shape[2]
-    size = head_dim // groups
-    by_group = masked.view(num * heads * groups, size, PAGE_SIZE)
-    products = torch.bmm(left.flatten(0, 2), by_group.transpose(1, 2))
-    products = products.view(num, heads, groups, gqa_group, size)
-    products = products * _undo_shift(coding, head_dim, left.dtype, left.device).view(groups, 1, -1)
-    if sums is not None and mu is not None:
-        products = products + mu * sums.unflatten(-1, (groups, 1, -1))
-    return products

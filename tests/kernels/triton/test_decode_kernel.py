@@ -11,8 +11,9 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
+from sgl_kvq.kernels.decode.reference import attend, read_sequence
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
-from tests.support.attention import CHOSEN_BITS, RandomCache, attention_fp64, random_cache
+from tests.support.attention import CHOSEN_BITS, RandomCache, random_cache
 
 KERNELS = (_decode_fwd_kernel, _decode_merge_kernel)
 SEQ_LENS = [1, 63, 64, 65, 200]
@@ -48,23 +49,24 @@ def run(
 
 
 def check(data: RandomCache, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Compare with fp64 attention on dequantized values, element by element.
+    """Compare with the reference in float64, element by element.
 
     Budget: a score errs by 2^-10 of sum |q_c| range_c (float16 q * scale, against codes that span
     at most the channel's range); a probability by 2^-8 (16 bits, either type); the output is
     rounded to 16 bits.
     """
     scale = q.shape[2] ** -0.5
-    for row, (keys, values) in enumerate(data.kv):
-        exact, exact_lse = attention_fp64(q[row].cpu(), keys, values, scale)
-        absolute, _ = attention_fp64(q[row].cpu(), keys, values.abs(), scale)
-        grouped = q[row].cpu().double().abs().view(keys.shape[1], -1, q.shape[2])
+    for row in range(len(q)):
+        keys, values = read_sequence(data.cache, data.table, data.layout, row)
+        exact, exact_lse = attend(q[row], keys, values, scale)
+        absolute, _ = attend(q[row], keys, values.abs(), scale)
+        grouped = q[row].double().abs().view(keys.shape[1], -1, q.shape[2])
         spread = keys.amax(0) - keys.amin(0)  # [H, D]
         score_error = torch.einsum("hgd,hd->hg", grouped, spread).flatten() * scale * 2**-10
         budget = absolute * (2 * score_error[:, None] + 2**-8) + exact.abs() * 2**-8 + 1e-6
-        assert ((out[row].cpu().double() - exact).abs() <= budget).all()
+        assert ((out[row].double() - exact).abs() <= budget).all()
         lse_budget = score_error * math.log2(math.e) + 1e-4
-        assert ((lse[row].cpu().double() - exact_lse).abs() <= lse_budget).all()
+        assert ((lse[row].double() - exact_lse).abs() <= lse_budget).all()
 
 
 def make(
@@ -77,7 +79,7 @@ def make(
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_against_fp64_on_dequantized_pages(name: str, device: str) -> None:
+def test_against_the_reference(name: str, device: str) -> None:
     lens = GPU_SEQ_LENS if device == "cuda" else SEQ_LENS
     data, q = make(name, 128, 2, 4, lens, 4, device)
     check(data, q, *run(data, q))
@@ -126,7 +128,7 @@ def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
         open_slots=table.open_slots.flip(0),
         sink_slots=table.sink_slots.flip(0),
     )
-    other, _ = run(replace(data, table=swapped, kv=data.kv[::-1]), q.flip(0), 3)
+    other, _ = run(replace(data, table=swapped), q.flip(0), 3)
     torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
 
 
@@ -228,14 +230,10 @@ def test_merges_with_flashinfer(gpu: str) -> None:
     flashinfer = pytest.importorskip("flashinfer")
     data, q = make("hack2", 128, 2, 4, [500], 4, gpu)
     out, lse = run(data, q)
-    keys, values = (torch.randn(1, 70, 2, 128, device=gpu).bfloat16() for _ in range(2))
-    pair = [attention_fp64(q[0].cpu(), keys[0].cpu().double(), values[0].cpu().double(), 128**-0.5)]
-    other = torch.stack([part for part, _ in pair]).to(gpu).bfloat16()
-    other_lse = torch.stack([part for _, part in pair]).to(gpu).float()
-    merged, _ = flashinfer.merge_state(out, lse, other, other_lse)
-    both = [
-        (torch.cat([a, b[0].cpu().double()]))
-        for a, b in zip(data.kv[0], (keys, values), strict=True)
-    ]
-    exact, _ = attention_fp64(q[0].cpu(), *both, 128**-0.5)
-    assert (merged[0].cpu().double() - exact).norm() < 2**-6 * exact.norm()
+    keys, values = (torch.randn(70, 2, 128, device=gpu).bfloat16() for _ in range(2))
+    other, other_lse = (x[None] for x in attend(q[0], keys, values, 128**-0.5))
+    merged, _ = flashinfer.merge_state(out, lse, other.bfloat16(), other_lse.float())
+    own = read_sequence(data.cache, data.table, data.layout, 0)
+    both = [torch.cat([a, b.double()]) for a, b in zip(own, (keys, values), strict=True)]
+    exact, _ = attend(q[0], *both, 128**-0.5)
+    assert (merged[0].double() - exact).norm() < 2**-6 * exact.norm()
