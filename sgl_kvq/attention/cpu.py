@@ -13,10 +13,9 @@ from sgl_kvq.attention.plan.cpu import (
     decode_metadata,
     extend_metadata,
 )
-from sgl_kvq.formats.base import Arithmetic
 from sgl_kvq.host.attention import KvqAttnBackend
 from sgl_kvq.kernels.append.cpu import append_decode, append_extend
-from sgl_kvq.kernels.decode.reference import decode
+from sgl_kvq.kernels.decode.reference import Arithmetic, decode
 from sgl_kvq.kernels.extend.reference import extend
 
 

@@ -9,7 +9,6 @@ from sgl_kvq.errors import ConfigError
 
 Axis = Literal["channel", "token"]
 Rounding = Literal["even", "half_up"]
-Arithmetic = Literal["integer", "dequantize"]
 
 MAX_PARTITION = 64
 
@@ -24,7 +23,7 @@ CLIP_RATIOS = (0.9, 0.8, 0.7, 0.6)
 
 
 def partition_size(head_dim: int) -> int:
-    """Channels that share one scale or one code sum: at most 64, dividing head_dim.
+    """Consecutive channels that share one scale: at most 64, dividing head_dim.
 
     Source: HACK (ATC '26), `min(64, head_dim)` lowered by 16 until it divides head_dim.
     """
@@ -119,14 +118,12 @@ class Coding:
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """A named scheme: the coding of K and of V, and how products with codes are computed.
+    """A named scheme: the coding of K and of V.
 
     Args:
         name: The value of `--kv-quant`.
         k: Coding of keys.
         v: Coding of values.
-        arithmetic: "integer" multiplies 8-bit queries and probabilities with the codes and uses
-            cached code sums (homomorphic); "dequantize" multiplies 16- or 32-bit ones.
         source: Paper and section the mathematics comes from, and what we changed.
         own_basis: Heads are stored in a basis of their own, see `sgl_kvq.formats.calibration`.
     """
@@ -134,11 +131,5 @@ class QuantFormat:
     name: str
     k: Coding
     v: Coding
-    arithmetic: Arithmetic
     source: str
     own_basis: bool = False
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether a page caches the sums of its codes."""
-        return self.arithmetic == "integer"

@@ -9,7 +9,6 @@ FORMATS = (
         name="bf16",
         k=Coding(16),
         v=Coding(16),
-        arithmetic="dequantize",
         source="control: must equal SGLang without this plugin",
     ),
 )

@@ -1,4 +1,4 @@
-"""HACK: compute on quantized KV with cached code sums."""
+"""HACK: keys per channel, values per token; codes are multiplied never dequantized to memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from sgl_kvq.formats.base import Coding, QuantFormat
 
 _SOURCE = (
     "HACK (arXiv 2502.03589), in the form of its ATC '26 code: K per channel over the page, V per "
-    "token; blocks here count from position 0, so that a block is a page"
+    "token; blocks here count from position 0, so that a block is a page; without its cached code "
+    "sums, which float16 queries do not need"
 )
 
 
@@ -15,7 +16,6 @@ def _hack(name: str, k_bits: int, v_bits: int) -> QuantFormat:
         name=name,
         k=Coding(k_bits, axis="channel"),
         v=Coding(v_bits, axis="token"),
-        arithmetic="integer",
         source=_SOURCE,
     )
 
@@ -29,7 +29,6 @@ FORMATS = (
         name="hack2-v1",
         k=Coding(2, axis="token"),
         v=Coding(2, axis="channel"),
-        arithmetic="integer",
         source="HACK, arXiv 2502.03589v1, section 4 (axes of v1, nearest instead of stochastic "
         "rounding); for comparison",
     ),

@@ -10,7 +10,6 @@ def _kivi(num_bits: int) -> QuantFormat:
         name=f"kivi{num_bits}",
         k=Coding(num_bits, axis="channel"),
         v=Coding(num_bits, axis="token"),
-        arithmetic="dequantize",
         source="KIVI (arXiv 2402.02750), section 3; group and residual are the page, for V too, "
         "and sink tokens stay in 16 bits",
     )

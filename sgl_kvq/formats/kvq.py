@@ -18,7 +18,6 @@ def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> Quant
         name=name,
         k=Coding(k_bits, axis="channel", mse_clipping=k_bits == 2, outlier_16ths=outlier_16ths),
         v=Coding(v_bits, axis="token", whole_head=True, mse_clipping=v_bits == 2),
-        arithmetic="dequantize",
         source="axes of KIVI (arXiv 2402.02750); calibrated bases as in OSCAR (arXiv 2605.17757), "
         "but with K's channels in order of what an error in them costs, so that a fixed share of "
         "them can have two bits more, and with scales by squared error",

@@ -14,7 +14,6 @@ from sgl_kvq.formats.base import (
     Coding,
     QuantFormat,
     hadamard_order,
-    partition_size,
 )
 
 ALIGNMENT_BYTES = 16
@@ -44,20 +43,15 @@ def _align(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _sum_dtype(terms: int, max_code: int) -> torch.dtype:
-    return torch.uint8 if terms * max_code <= 255 else torch.int16
-
-
 @dataclass(frozen=True)
 class PageLayout:
     """Byte layout of a page row: `num_kv_heads` equal head slices, fields inside each.
 
     Fields of a head, each aligned to 16 bytes (B = bits, P = 64 tokens, D = head_dim):
     `k_codes` uint8 [P, D*B/8], `k_scales` and `k_mins` bfloat16 [D] (channel axis) or [groups, P]
-    (token axis), `k_sums` [partitions, P], then `v_codes` uint8 [D*B/8, P] (token-contiguous),
-    `v_scales`, `v_mins`, and `v_sums` [D]. Sums exist in homomorphic formats only. With 16 bits
-    the codes are the rows themselves, [P, D]. Formats with outlier channels end K with `k_extra`
-    uint8 [P, outliers/4].
+    (token axis), then `v_codes` uint8 [D*B/8, P] (token-contiguous), `v_scales` and `v_mins`. With
+    16 bits the codes are the rows themselves, [P, D]. Formats with outlier channels end K with
+    `k_extra` uint8 [P, outliers/4].
 
     Args:
         format: What K and V store.
@@ -80,11 +74,6 @@ class PageLayout:
         if self.head_dim % 16:
             raise ValueError(f"head_dim: expected a multiple of 16, got {self.head_dim}")
         hadamard_order(self.head_dim, self.hadamard_block)
-
-    @property
-    def partition(self) -> int:
-        """Channels that share a code sum."""
-        return partition_size(self.head_dim)
 
     @property
     def rotation_order(self) -> int:
@@ -111,14 +100,8 @@ class PageLayout:
         if coding.is_raw:
             return [(f"{prefix}_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
         width = self.head_dim // coding.num_planes
-        codes: tuple[int, ...] = (PAGE_SIZE, width)
-        sums: tuple[int, ...] = (self.head_dim // self.partition, PAGE_SIZE)
-        terms = self.partition
-        if prefix == "v":
-            codes, sums, terms = (width, PAGE_SIZE), (self.head_dim,), PAGE_SIZE
+        codes: tuple[int, ...] = (PAGE_SIZE, width) if prefix == "k" else (width, PAGE_SIZE)
         fields = [(f"{prefix}_codes", codes, torch.uint8), *self._meta_fields(prefix, coding)]
-        if self.format.has_sums:
-            fields.append((f"{prefix}_sums", sums, _sum_dtype(terms, coding.max_code)))
         if outliers := coding.num_outliers(self.head_dim):
             fields.append((f"{prefix}_extra", (PAGE_SIZE, outliers * EXTRA_BITS // 8), torch.uint8))
         return fields

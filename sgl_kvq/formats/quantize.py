@@ -200,14 +200,9 @@ def _encode_tensor(
     layout.view(pages, f"{name}_mins").copy_(mins)
     if name == "k":
         layout.view(pages, "k_codes").copy_(pack_planes(codes, coding.num_planes, -1))
-        if layout.format.has_sums:
-            partitions = codes.unflatten(-1, (-1, layout.partition))
-            layout.view(pages, "k_sums").copy_(partitions.sum(-1).transpose(2, 3))
     else:
         by_channel = codes.transpose(2, 3)  # [N, H, D, P]
         layout.view(pages, "v_codes").copy_(pack_planes(by_channel, coding.num_planes, -2))
-        if layout.format.has_sums:
-            layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
 
 
 def _quantize_outliers(

@@ -14,7 +14,6 @@ FORMATS = (
         name="saw4",
         k=_token_wise(rotated=True),
         v=_token_wise(rotated=False),
-        arithmetic="dequantize",
         source="SAW-INT4 block-diagonal rotation of K (togethercomputer/saw-int4); (scale, min) in "
         "bfloat16, codes made against the stored values",
     ),
@@ -22,7 +21,6 @@ FORMATS = (
         name="int4",
         k=_token_wise(rotated=False),
         v=_token_wise(rotated=False),
-        arithmetic="dequantize",
         source="token-wise INT4, the baseline that shows what the rotation buys",
     ),
 )

@@ -5,7 +5,7 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE, partition_size
 from sgl_kvq.formats.dequantize import unpack_planes
-from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.formats.registry import format_names
 from sgl_kvq.kernels.decode import reference
 from tests.support.attention import (
     CHOSEN_BITS,
@@ -16,7 +16,7 @@ from tests.support.attention import (
 )
 
 SEQ_LENS = [1, 63, 64, 65, 128, 1000, 200]
-INTEGER = [name for name in format_names() if get_format(name).has_sums]
+INTEGER = ["hack2", "hack4", "hack8", "k4v2", "hack2-v1"]
 # float32 eager attention over 1,000 tokens is within 1e-6 of fp64; scores of size ~100 add to it.
 FLOAT32_BUDGET = 1e-5
 
@@ -82,7 +82,7 @@ def eight_bit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("name", INTEGER)
 def test_homomorphic_scores_equal_dequantize_then_multiply(name: str, head_dim: int) -> None:
-    """Codes and cached sums give the product of the 8-bit left factor with dequantized keys."""
+    """Codes and their sums give the product of the 8-bit left factor with dequantized keys."""
     generator = torch.Generator().manual_seed(head_dim)
     data = random_cache(name, head_dim, 2, [PAGE_SIZE * 3 + 1], 0, generator)
     layout, coding = data.layout, data.layout.format.k

@@ -4,7 +4,7 @@ All products run on codes in float32 (float64 for a float64 q), which holds them
 dequantized to memory. For a query q and a page with per-channel (s, m):
 q . k_t = sum_c (q_c s_c) code_tc + sum_c q_c m_c; per-token groups move s and m outside the sum.
 "integer" arithmetic first quantizes the left factor to 8 bits, u ~ alpha a + mu, and takes mu times
-the cached code sums, as HACK does. Exponentials are base 2: scores carry a factor log2(e).
+the code sums, as HACK does. Exponentials are base 2: scores carry a factor log2(e).
 
 Source: HACK (arXiv 2502.03589) equation 4 and its ATC '26 form for per-channel K.
 """
@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch.nn.functional import embedding_bag
 
-from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Arithmetic, Coding
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Coding, partition_size
 from sgl_kvq.formats.dequantize import unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+
+Arithmetic = Literal["integer", "dequantize"]
 
 LOG2_E = math.log2(math.e)
 _LEFT_MAX_CODE = 255  # 8-bit queries and probabilities
@@ -128,7 +131,7 @@ def decode(
         plan: From `plan_decode`.
         layout: Of the pages.
         sm_scale: Factor on the scores.
-        arithmetic: How products with codes are computed; "integer" needs a format with code sums.
+        arithmetic: How products with codes are computed; "integer" needs a format without outliers.
 
     Returns:
         out like q; lse float32 [batch, num_qo_heads], log base 2 as FlashInfer's.
@@ -213,7 +216,7 @@ def page_scores(
         q: float32 or float64 [N, H, G, D], scaled; unrotated.
         rows: uint8 [N, page_bytes].
         layout: Of the rows.
-        integer: Quantize the left factor and use the cached sums.
+        integer: Quantize the left factor to 8 bits.
 
     Returns:
         Like q, [N, H, G, PAGE_SIZE].
@@ -236,8 +239,9 @@ def page_scores(
                     extra, layout.view(rows, "k_extra"), Coding(EXTRA_BITS), 1
                 ).squeeze(2)
             return products + offset
-        left, mu = quantize_left(left.unflatten(-1, (-1, layout.partition)))
-        sums = layout.view(rows, "k_sums").to(q.dtype)  # [N, H, partitions, P]
+        size = partition_size(layout.head_dim)
+        left, mu = quantize_left(left.unflatten(-1, (-1, size)))
+        sums = _k_sums(codes, coding, size).to(q.dtype)  # [N, H, partitions, P]
         products = _k_products(left.flatten(-2), codes, coding, 1).squeeze(2)
         return products + mu.squeeze(-1) @ sums + offset
     groups = scales.shape[2]
@@ -248,9 +252,17 @@ def page_scores(
     products = _k_products(left.transpose(2, 3).flatten(-2), codes, coding, groups)
     left_sums = left.sum(-1, keepdim=True)  # [N, H, groups, G, 1]
     if group_mu is not None:
-        products = products + group_mu * layout.view(rows, "k_sums").to(q.dtype).unsqueeze(3)
+        products = products + group_mu * _k_sums(codes, coding, left.shape[-1]).to(
+            q.dtype
+        ).unsqueeze(3)
         left_sums = left_sums + group_mu * left.shape[-1]
     return (products * scales.unsqueeze(3) + left_sums * mins.unsqueeze(3)).sum(2)
+
+
+def _k_sums(codes: torch.Tensor, coding: Coding, size: int) -> torch.Tensor:
+    """Sums of the codes of `size` consecutive channels: int64 [N, H, D / size, P]."""
+    unpacked = unpack_planes(codes, coding.num_planes, -1).unflatten(-1, (-1, size))
+    return unpacked.sum(-1).transpose(2, 3)
 
 
 def _scales_and_mins(
@@ -328,7 +340,7 @@ def page_values(
         weights: float32 or float64 [N, H, G, PAGE_SIZE], 0 for tokens that are not read.
         rows: uint8 [N, page_bytes].
         layout: Of the rows.
-        integer: Quantize the left factor and use the cached sums.
+        integer: Quantize the left factor to 8 bits.
 
     Returns:
         Like weights, [N, H, G, D].
@@ -338,7 +350,9 @@ def page_values(
     if coding.is_raw:
         return weights @ codes.to(weights.dtype)
     scales, mins = _scales_and_mins(rows, "v", layout, weights.dtype)
-    sums = layout.view(rows, "v_sums").to(weights.dtype) if integer else None  # [N, H, D]
+    sums: torch.Tensor | None = None
+    if integer:  # [N, H, D]
+        sums = unpack_planes(codes, coding.num_planes, -2).sum(-1).to(weights.dtype)
     if coding.axis == "token":
         left = weights.unsqueeze(2) * scales.unsqueeze(3)  # [N, H, groups, G, P]
         products = _v_products(left, codes, coding, sums)
