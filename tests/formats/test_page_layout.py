@@ -60,7 +60,7 @@ def test_bytes_per_token_and_head(name: str, head_dim: int, bytes_per_token: int
 
 
 def test_a_new_mix_of_bits_is_a_table_row() -> None:
-    mixed = QuantFormat("k8v4", Coding(8, "channel"), Coding(4), "test")
+    mixed = QuantFormat("k8v4", Coding(8, "channel"), Coding(4), help="test", source="test")
     layout = PageLayout(mixed, 64, 1)
     assert layout.fields["k_codes"].shape == (PAGE_SIZE, 64)
     assert layout.fields["v_codes"].shape == (32, PAGE_SIZE)
@@ -84,7 +84,7 @@ def test_bad_geometry_is_refused() -> None:
         PageLayout(get_format("hack2"), 72, 1)
     with pytest.raises(ValueError, match="divisor of head_dim 80, got 64"):
         PageLayout(get_format("saw4"), 80, 1, hadamard_block=64)
-    with pytest.raises(ConfigError, match=r"expected one of kvq2, .*got 'hack3'"):
+    with pytest.raises(ConfigError, match=r"expected one of bf16, .*kvq2.* got 'hack3'"):
         get_format("hack3")
 
 

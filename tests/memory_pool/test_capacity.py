@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.kvq import kvq_format
+from sgl_kvq.formats.families.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.memory_pool.capacity import plan_pool
