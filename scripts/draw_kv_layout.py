@@ -22,7 +22,6 @@ COLORS = {
     "codes": "#4878a8",
     "scales": "#e0913f",
     "mins": "#c8b45a",
-    "sums": "#7a9e5f",
     "extra": "#6a51a3",
 }
 

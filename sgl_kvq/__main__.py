@@ -12,12 +12,13 @@ from sgl_kvq.errors import KvqError
 COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": (
         "sgl_kvq.commands.calibrate.command",
-        "Measure a model's Q, K and V for --kv-quant kvq2 and kvq4.",
+        "Measure a model's Q, K and V for calibrated formats (--kv-quant-config).",
     ),
     "check": (
         "sgl_kvq.commands.check.command",
         "Say whether GPU, SGLang, hooks and kernels work here.",
     ),
+    "formats": ("sgl_kvq.commands.formats", "List the formats of --kv-quant."),
     "keys": ("sgl_kvq.commands.keys", "Make CURVE keys for PD transfer beyond one machine."),
 }
 

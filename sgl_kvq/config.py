@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.registry import get_format
+from sgl_kvq.formats.registry import calibrated_formats, get_format
 
 MIN_PAGES = 4
 """Smallest pool worth starting a server for."""
@@ -29,8 +29,8 @@ class KVQuantConfig:
             divides head_dim; 0 takes the largest one up to 128.
         memory_gb: KV memory in GiB, open pages and sink rows included; None takes what SGLang's
             `--mem-fraction-static` leaves.
-        config_file: What `python -m sgl_kvq calibrate` wrote, for formats with a basis of their
-            own; None takes their default basis.
+        config_file: What `python -m sgl_kvq calibrate` wrote, for formats that are calibrated; None
+            takes their default basis.
 
     Raises:
         ConfigError: a value is out of range or no format has this name.
@@ -44,12 +44,12 @@ class KVQuantConfig:
     config_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.config_file is not None and not get_format(self.format).own_basis:
+        if get_format(self.format).calibration is None and self.config_file is not None:
+            known = " or ".join(found.name for found in calibrated_formats())
             raise ConfigError(
-                f"--kv-quant-config: expected kvq2 or kvq4 as --kv-quant, got {self.format}; "
+                f"--kv-quant-config: expected {known} as --kv-quant, got {self.format}; "
                 f"drop --kv-quant-config"
             )
-        get_format(self.format)
         if self.prefill not in PREFILL_MODES:
             raise ConfigError(
                 f"--kv-quant-prefill: expected one of {', '.join(PREFILL_MODES)}, "

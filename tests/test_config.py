@@ -9,7 +9,7 @@ from sgl_kvq.errors import ConfigError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "hack3"}, "--kv-quant: expected one of kvq2, .* got 'hack3'"),
+        ({"format": "hack3"}, "--kv-quant: expected one of bf16, .* got 'hack3'"),
         ({"format": "hack2", "prefill": "fast"}, "--kv-quant-prefill: expected one of exact, quan"),
         (
             {"format": "hack2", "sink_tokens": 17},

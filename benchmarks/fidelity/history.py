@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import torch
 
+from sgl_kvq.commands.geometry import model_geometry
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.formats.calibration import (
-    LayerBasis,
-    change_basis,
-    default_basis,
-    layer_formats,
-    load_bases,
-)
+from sgl_kvq.formats.calibration import change_basis, load_calibration
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
@@ -42,30 +39,26 @@ class FormatHistory:
         window_pages: int = 0,
         device: str = "cpu",
     ) -> None:
-        head_dim = int(model_config.head_dim)  # type: ignore[attr-defined]
-        num_kv_heads = int(model_config.num_key_value_heads)  # type: ignore[attr-defined]
-        num_layers = int(model_config.num_hidden_layers)  # type: ignore[attr-defined]
+        shape = model_geometry(model_config)
+        calibration = load_calibration(
+            name, config_file, shape.num_layers, shape.num_kv_heads, shape.head_dim
+        )
         self.layouts = [
-            PageLayout(of_layer, head_dim, num_kv_heads)
-            for of_layer in layer_formats(name, config_file, num_layers)
+            PageLayout(layer_format, shape.head_dim, shape.num_kv_heads)
+            for layer_format in calibration.formats
         ]
         self.sink_tokens = sink_tokens
         self.window_pages = window_pages
         self.errors: dict[int, torch.Tensor] | None = None
-        bases: list[LayerBasis] = []
-        if self.layouts[0].format.own_basis:
-            bases = [default_basis(head_dim, num_kv_heads)] * num_layers
-            if config_file is not None:
-                bases = load_bases(config_file, num_layers, num_kv_heads, head_dim)
         self.matrices = [
-            tuple(x.to(device) for x in (basis.q, basis.k, basis.v, basis.out)) for basis in bases
+            tuple(x.to(device) for x in (basis.q, basis.k, basis.v, basis.out))
+            for basis in calibration.bases
         ]
 
     @property
     def bits_per_element(self) -> float:
         """Bits a stored number takes, mean over layers, all metadata of its page included."""
-        page_bytes = sum(layout.page_bytes for layout in self.layouts)
-        return 16 * page_bytes / sum(layout.row_page_bytes for layout in self.layouts)
+        return mean(layout.bits_per_element for layout in self.layouts)
 
     def enter(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

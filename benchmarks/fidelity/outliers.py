@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from sgl_kvq.commands.geometry import model_geometry
+
 PAIRS_PER_HEAD = 2
 FACTOR = 8.0  # a power of two: scaling bfloat16 weights by it loses nothing
 
@@ -24,8 +26,8 @@ def inject(model_path: Path, folder: Path) -> None:
         folder: Where the copy goes.
     """
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-    config = model.config
-    head_dim, num_kv_heads = config.head_dim, config.num_key_value_heads
+    shape = model_geometry(model.config)
+    head_dim, num_kv_heads = shape.head_dim, shape.num_kv_heads
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.base_model.layers:
@@ -33,7 +35,7 @@ def inject(model_path: Path, folder: Path) -> None:
             for head in factors:
                 pairs = torch.randperm(head_dim // 2, generator=generator)[:PAIRS_PER_HEAD]
                 head[pairs] = head[pairs + head_dim // 2] = FACTOR
-            group = config.num_attention_heads // num_kv_heads
+            group = shape.num_qo_heads // num_kv_heads
             _scale(layer.self_attn.k_proj, factors.flatten())
             _scale(layer.self_attn.q_proj, 1 / factors.repeat_interleave(group, 0).flatten())
     model.save_pretrained(folder)

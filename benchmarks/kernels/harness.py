@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common.records import command_line, git_commit, write_csv
 from sgl_kvq.formats.base import QuantFormat
-from sgl_kvq.formats.kvq import kvq_format
+from sgl_kvq.formats.families.kvq import kvq_format
 from sgl_kvq.formats.registry import get_format
 
 COLD_BYTES = 320 * 2**20  # several times the L2 cache of any GPU

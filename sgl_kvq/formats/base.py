@@ -1,15 +1,26 @@
-"""The page family: what a format states about K and about V."""
+"""What a format states: how K and V are coded, which fields a page has, how it is calibrated.
+
+Nothing here imports torch: a format is a description until its pages are written or read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sgl_kvq.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_kvq.formats.page_layout import PageLayout
+
 Axis = Literal["channel", "token"]
 Rounding = Literal["even", "half_up"]
-Arithmetic = Literal["integer", "dequantize"]
+KOrV = Literal["k", "v"]
+ElementType = Literal["uint8", "bfloat16", "row"]
+"""Type of a page field's elements; "row" is the 16-bit type of the model's rows."""
 
 MAX_PARTITION = 64
 
@@ -24,7 +35,7 @@ CLIP_RATIOS = (0.9, 0.8, 0.7, 0.6)
 
 
 def partition_size(head_dim: int) -> int:
-    """Channels that share one scale or one code sum: at most 64, dividing head_dim.
+    """Consecutive channels that share one scale: at most 64, dividing head_dim.
 
     Source: HACK (ATC '26), `min(64, head_dim)` lowered by 16 until it divides head_dim.
     """
@@ -117,28 +128,136 @@ class Coding:
         return 1 if self.whole_head else head_dim // partition_size(head_dim)
 
 
+class FieldSpec(NamedTuple):
+    """One field of one head inside a page, before it has a place.
+
+    Args:
+        name: Key in `PageLayout.fields`, "k_..." or "v_...".
+        shape: Elements, row-major.
+        element: Type of the elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    element: ElementType
+
+
+class LayerBits(NamedTuple):
+    """Bits of one layer's pages, where `python -m sgl_kvq calibrate` chooses them.
+
+    Args:
+        k: Bits of a key channel.
+        outlier_16ths: Sixteenths of the key channels with `EXTRA_BITS` extra bits.
+        v: Bits of a value channel.
+    """
+
+    k: int
+    outlier_16ths: int
+    v: int
+
+
+@dataclass(frozen=True)
+class CalibrationMethod:
+    """How `python -m sgl_kvq calibrate` prepares a model for the formats that share this object.
+
+    Heads are stored in a basis of their own, see `sgl_kvq.formats.calibration`; a file may also
+    choose the bits of each layer.
+
+    Args:
+        allowed: Bits that a file may ask for.
+        candidates: Bits that `--budget-bits` chooses from.
+        with_bits: Makes the format with a name and bits.
+    """
+
+    allowed: tuple[LayerBits, ...]
+    candidates: tuple[LayerBits, ...]
+    with_bits: Callable[[str, LayerBits], QuantFormat]
+
+
 @dataclass(frozen=True)
 class QuantFormat:
-    """A named scheme: the coding of K and of V, and how products with codes are computed.
+    """A named way to store K and V in closed pages.
+
+    This class is the family of scalar formats: codes, and one (scale, min) per group. A family with
+    other fields derives from it and overrides `fields`, `quantize` and `dequantize`.
 
     Args:
         name: The value of `--kv-quant`.
         k: Coding of keys.
         v: Coding of values.
-        arithmetic: "integer" multiplies 8-bit queries and probabilities with the codes and uses
-            cached code sums (homomorphic); "dequantize" multiplies 16- or 32-bit ones.
-        source: Paper and section the mathematics comes from, and what we changed.
-        own_basis: Heads are stored in a basis of their own, see `sgl_kvq.formats.calibration`.
+        help: What the format is, in one line.
+        source: Where the mathematics comes from; the module says what differs.
+        calibration: How it is calibrated; None stores heads as they are.
     """
 
     name: str
     k: Coding
     v: Coding
-    arithmetic: Arithmetic
-    source: str
-    own_basis: bool = False
+    help: str = field(compare=False)
+    source: str = field(compare=False)
+    calibration: CalibrationMethod | None = field(default=None, compare=False)
 
     @property
-    def has_sums(self) -> bool:
-        """Whether a page caches the sums of its codes."""
-        return self.arithmetic == "integer"
+    def bits(self) -> LayerBits:
+        """What `CalibrationMethod.with_bits` makes this format from."""
+        return LayerBits(self.k.num_bits, self.k.outlier_16ths, self.v.num_bits)
+
+    def fields(self, head_dim: int) -> list[FieldSpec]:
+        """Fields of one head of a page, in the order they lie.
+
+        Args:
+            head_dim: Channels of a head.
+        """
+        return [*_coding_fields("k", self.k, head_dim), *_coding_fields("v", self.v, head_dim)]
+
+    def quantize(
+        self, k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
+    ) -> torch.Tensor:
+        """Quantize full pages. Callers use `sgl_kvq.formats.quantize.encode_pages`, which checks.
+
+        Args:
+            k: [N, PAGE_SIZE, num_kv_heads, head_dim] of `layout.row_dtype`.
+            v: Like k.
+            num_sinks: int32 [N], leading tokens of each page that are kept elsewhere.
+            layout: Layout of this format.
+
+        Returns:
+            uint8 [N, page_bytes].
+        """
+        from sgl_kvq.formats.quantize import quantize_pages
+
+        return quantize_pages(k, v, num_sinks, layout)
+
+    def dequantize(self, pages: torch.Tensor, layout: PageLayout, tensor: KOrV) -> torch.Tensor:
+        """Read K or V back, in the basis that the rows were given in.
+
+        Args:
+            pages: uint8 [N, page_bytes], contiguous.
+            layout: Layout of this format.
+            tensor: Which of the two.
+
+        Returns:
+            float32 [N, num_kv_heads, PAGE_SIZE, head_dim].
+        """
+        from sgl_kvq.formats.dequantize import dequantize_pages
+
+        return dequantize_pages(pages, layout, tensor)
+
+
+def _coding_fields(tensor: KOrV, coding: Coding, head_dim: int) -> list[FieldSpec]:
+    """Fields of K or V. Minima lie right behind the scales, so that one read takes both."""
+    if coding.is_raw:
+        return [FieldSpec(f"{tensor}_codes", (PAGE_SIZE, head_dim), "row")]
+    width = head_dim // coding.num_planes
+    codes = (PAGE_SIZE, width) if tensor == "k" else (width, PAGE_SIZE)
+    groups = coding.num_groups(head_dim)
+    meta = (groups,) if coding.axis == "channel" else (groups, PAGE_SIZE)
+    fields = [
+        FieldSpec(f"{tensor}_codes", codes, "uint8"),
+        FieldSpec(f"{tensor}_scales", meta, "bfloat16"),
+        FieldSpec(f"{tensor}_mins", meta, "bfloat16"),
+    ]
+    if outliers := coding.num_outliers(head_dim):
+        extra = (PAGE_SIZE, outliers * EXTRA_BITS // 8)
+        fields.append(FieldSpec(f"{tensor}_extra", extra, "uint8"))
+    return fields

@@ -1,4 +1,4 @@
-"""The basis in which a format of its own basis stores K and V.
+"""How the layers of a model are stored: the format of each, and the basis of K and V.
 
 Rows are transformed before they are stored, in 16 bits as in codes; queries are transformed so that
 scores stay, and outputs are transformed back. Pages, kernels and transfers see plain rows.
@@ -10,46 +10,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from itertools import product
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import QuantFormat, hadamard_order
+from sgl_kvq.formats.base import LayerBits, QuantFormat, hadamard_order
 from sgl_kvq.formats.hadamard import rotate
-from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.registry import get_format
 
 FILE_VERSION = 1
 
 
-class KvqBits(NamedTuple):
-    """Codings of a member of the kvq family, see `sgl_kvq.formats.kvq.kvq_format`."""
-
-    k: int
-    outlier_16ths: int
-    v: int
-
-
 @dataclass(frozen=True)
-class Chosen:
-    """What `--budget-bits` chose.
+class BitAllocation:
+    """Bits of each layer, as `calibrate --budget-bits` chose them.
 
     Args:
-        format: `--kv-quant` that it goes with.
-        layers: Codings of each layer.
+        format: `--kv-quant` that they go with.
+        layers: Bits of each layer.
     """
 
     format: str
-    layers: list[KvqBits]
-
-
-KVQ_CHOICES = tuple(KvqBits(*bits) for bits in product((2, 4), range(17), (2, 4)))
-"""Members of the family that a file may ask for."""
+    layers: list[LayerBits]
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class LayerBasis:
     Args:
         k: float32 [num_kv_heads, head_dim, head_dim], to the basis K is stored in; its first
             channels are those that a format with outlier channels gives more bits.
-        v: Likewise for V.
+        v: Like k, to the basis V is stored in.
     """
 
     k: torch.Tensor
@@ -67,12 +55,12 @@ class LayerBasis:
 
     @property
     def q(self) -> torch.Tensor:
-        """Of queries: q Q (k K)^T = q k^T."""
+        """Matrices Q of queries: q Q (k K)^T = q k^T."""
         return torch.linalg.inv(self.k.double()).transpose(1, 2).float()
 
     @property
     def out(self) -> torch.Tensor:
-        """From the basis of V back."""
+        """Matrices that bring outputs back from the basis of V."""
         return torch.linalg.inv(self.v.double()).float()
 
     def heads(self, start: int, stop: int) -> LayerBasis:
@@ -116,7 +104,7 @@ def default_basis(head_dim: int, num_kv_heads: int) -> LayerBasis:
 
 
 def save_bases(
-    path: Path, bases: list[LayerBasis], about: dict[str, str], chosen: Chosen | None = None
+    path: Path, bases: list[LayerBasis], about: dict[str, str], bits: BitAllocation | None = None
 ) -> None:
     """Write calibrated bases as a safetensors file.
 
@@ -124,28 +112,68 @@ def save_bases(
         path: The file.
         bases: One a layer.
         about: What made it; kept in the file's header.
-        chosen: Codings to use instead of those that `--kv-quant` names.
+        bits: Bits to use instead of those that `--kv-quant` names.
     """
     tensors = {name: torch.stack([getattr(basis, name) for basis in bases]) for name in ("k", "v")}
     header: dict[str, Any] = {"version": FILE_VERSION, **about}
-    if chosen is not None:
-        header["chosen"] = asdict(chosen)
+    if bits is not None:
+        header["chosen"] = asdict(bits)
     save_file(tensors, path, metadata={"sgl_kvq": json.dumps(header)})
 
 
-def load_bases(path: str, num_layers: int, num_kv_heads: int, head_dim: int) -> list[LayerBasis]:
-    """Read what `save_bases` wrote.
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How a model's layers are stored.
 
     Args:
-        path: `--kv-quant-config`.
+        formats: Format of each layer's pages.
+        bases: Basis of each layer; empty if the format stores heads as they are.
+        digest: Of the file it came from, 16 hexadecimal digits; "unset" without one.
+    """
+
+    formats: tuple[QuantFormat, ...]
+    bases: tuple[LayerBasis, ...]
+    digest: str
+
+
+def load_calibration(
+    name: str, config_file: str | None, num_layers: int, num_kv_heads: int, head_dim: int
+) -> Calibration:
+    """Say how a model is stored: by a file of `calibrate`, or by the format alone.
+
+    A file is read once, however many parts of a process ask.
+
+    Args:
+        name: `--kv-quant`.
+        config_file: `--kv-quant-config`.
         num_layers: Layers of the model.
         num_kv_heads: KV heads of the model, all ranks.
         head_dim: Channels of a head.
 
     Raises:
-        ConfigError: not such a file, or of another model.
+        ConfigError: no such format, not such a file, or one of another format or model.
     """
-    _, tensors = _read_file(path, ("k", "v"))
+    named = get_format(name)
+    if named.calibration is None:
+        return Calibration((named,) * num_layers, (), "unset")
+    if config_file is None:
+        bases = (default_basis(head_dim, num_kv_heads),) * num_layers
+        return Calibration((named,) * num_layers, bases, "unset")
+    try:
+        state = Path(config_file).stat()
+    except OSError as error:
+        raise _unreadable(config_file, error) from error
+    changed = (state.st_mtime_ns, state.st_size)
+    return _load_file(named, config_file, changed, (num_layers, num_kv_heads, head_dim))
+
+
+@lru_cache(maxsize=1)
+def _load_file(
+    named: QuantFormat, path: str, _changed: tuple[int, int], geometry: tuple[int, int, int]
+) -> Calibration:
+    """Read a file of `save_bases`; `_changed` tells versions of it apart."""
+    num_layers, num_kv_heads, head_dim = geometry
+    about, tensors, digest = _read_file(path)
     shape = [num_layers, num_kv_heads, head_dim, head_dim]
     found = list(tensors["k"].shape)
     if not found == list(tensors["v"].shape) == shape:
@@ -153,55 +181,54 @@ def load_bases(path: str, num_layers: int, num_kv_heads: int, head_dim: int) -> 
             f"--kv-quant-config: expected {num_layers} layers of {num_kv_heads} KV heads of "
             f"{head_dim} channels, {path} has {found}; calibrate this model"
         )
-    return [LayerBasis(*pair) for pair in zip(*(x.float() for x in tensors.values()), strict=True)]
+    bases = tuple(LayerBasis(k.float(), v.float()) for k, v in zip(*tensors.values(), strict=True))
+    return Calibration(_layer_formats(named, about, path, num_layers), bases, digest)
 
 
-def layer_formats(name: str, config_file: str | None, num_layers: int) -> list[QuantFormat]:
-    """Format of each layer's pages: that of `--kv-quant`, with the bits that a file chose.
-
-    Args:
-        name: `--kv-quant`.
-        config_file: `--kv-quant-config`.
-        num_layers: Layers of the model.
-
-    Raises:
-        ConfigError: no such format, not such a file, or one that chose for another format or model.
-    """
-    named = get_format(name)
-    chosen = _read_file(config_file, ())[0].get("chosen") if config_file else None
+def _layer_formats(
+    named: QuantFormat, about: dict[str, Any], path: str, num_layers: int
+) -> tuple[QuantFormat, ...]:
+    """Format of each layer: that of `--kv-quant`, with the bits that a file chose."""
+    name, method, chosen = named.name, named.calibration, about.get("chosen")
+    assert method is not None
     if chosen is None:
-        return [named] * num_layers
+        return (named,) * num_layers
     if chosen.get("format") != name:
         raise ConfigError(
-            f"--kv-quant-config: {config_file} chose bits for --kv-quant {chosen.get('format')}, "
+            f"--kv-quant-config: {path} chose bits for --kv-quant {chosen.get('format')}, "
             f"got {name}; pass the former, or calibrate without --budget-bits"
         )
     try:
-        layers = [KvqBits(*bits) for bits in chosen["layers"]]
+        layers = [LayerBits(*bits) for bits in chosen["layers"]]
     except (KeyError, TypeError):
         layers = []
-    if len(layers) != num_layers or not set(layers) <= set(KVQ_CHOICES):
+    if len(layers) != num_layers or not set(layers) <= set(method.allowed):
         raise ConfigError(
-            f"--kv-quant-config: expected for each of {num_layers} layers K 2 or 4 bits, 0 to 16 "
-            f"outlier sixteenths, V 2 or 4 bits, {config_file} has {chosen.get('layers')}; "
+            f"--kv-quant-config: expected for each of {num_layers} layers bits of K, outlier "
+            f"sixteenths and bits of V that {name} can have, {path} has {chosen.get('layers')}; "
             f"calibrate this model"
         )
-    return [kvq_format(name, *bits) for bits in layers]
+    return tuple(method.with_bits(name, bits) for bits in layers)
 
 
-def _read_file(path: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and some tensors of a file of `save_bases`."""
+def _read_file(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """Header, tensors "k" and "v", and digest of a file of `save_bases`."""
     try:
+        digest = xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("sgl_kvq", "{}"))
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in ("k", "v")}
     except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(
-            f"--kv-quant-config: expected a file of `python -m sgl_kvq calibrate`, {path}: {error}"
-        ) from error
+        raise _unreadable(path, error) from error
     if about.get("version") != FILE_VERSION:
         raise ConfigError(
             f"--kv-quant-config: expected version {FILE_VERSION}, {path} has "
             f"{about.get('version')}; calibrate this model"
         )
-    return about, tensors
+    return about, tensors, digest
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--kv-quant-config: expected a file of `python -m sgl_kvq calibrate`, {path}: {error}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.formats.base import EXTRA_BITS, Coding
+from sgl_kvq.formats.base import EXTRA_BITS, Coding, KOrV
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 
@@ -26,7 +26,7 @@ def unpack_planes(packed: torch.Tensor, num_planes: int, dim: int) -> torch.Tens
 
 
 def _affine(
-    codes: torch.Tensor, rows: torch.Tensor, name: str, coding: Coding, layout: PageLayout
+    codes: torch.Tensor, rows: torch.Tensor, name: KOrV, coding: Coding, layout: PageLayout
 ) -> torch.Tensor:
     """Codes [N, H, P, D] to values: code * scale + min."""
     scales = layout.view(rows, f"{name}_scales").float()
@@ -48,24 +48,26 @@ def decode_keys(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     Returns:
         float32 [N, num_kv_heads, PAGE_SIZE, head_dim]. Sink tokens come back as the minimum.
     """
-    coding = layout.format.k
-    codes = layout.view(rows, "k_codes")
-    if coding.is_raw:
-        return codes.float()
-    steps = unpack_planes(codes, coding.num_planes, -1).float()
-    if outliers := coding.num_outliers(layout.head_dim):
-        extra = unpack_planes(layout.view(rows, "k_extra"), 8 // EXTRA_BITS, -1)
-        steps[..., :outliers] += extra * 0.5**EXTRA_BITS
-    values = _affine(steps, rows, "k", coding, layout)
-    return rotate(values, layout.rotation_order) if coding.rotated else values
+    return layout.format.dequantize(rows, layout, "k")
 
 
 def decode_values(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Dequantize the values of page rows; as `decode_keys`."""
-    coding = layout.format.v
-    codes = layout.view(rows, "v_codes")
+    """Dequantize the values of page rows; see `decode_keys`."""
+    return layout.format.dequantize(rows, layout, "v")
+
+
+def dequantize_pages(pages: torch.Tensor, layout: PageLayout, tensor: KOrV) -> torch.Tensor:
+    """Dequantize K or V of pages of scalar formats; see `QuantFormat.dequantize`."""
+    coding = getattr(layout.format, tensor)
+    codes = layout.view(pages, f"{tensor}_codes")
     if coding.is_raw:
         return codes.float()
-    unpacked = unpack_planes(codes, coding.num_planes, -2).transpose(2, 3).float()
-    values = _affine(unpacked, rows, "v", coding, layout)
+    if tensor == "k":
+        steps = unpack_planes(codes, coding.num_planes, -1).float()
+    else:  # token-contiguous
+        steps = unpack_planes(codes, coding.num_planes, -2).transpose(2, 3).float()
+    if outliers := coding.num_outliers(layout.head_dim):
+        extra = unpack_planes(layout.view(pages, f"{tensor}_extra"), 8 // EXTRA_BITS, -1)
+        steps[..., :outliers] += extra * 0.5**EXTRA_BITS
+    values = _affine(steps, pages, tensor, coding, layout)
     return rotate(values, layout.rotation_order) if coding.rotated else values

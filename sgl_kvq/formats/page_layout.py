@@ -8,16 +8,10 @@ from functools import cached_property
 
 import torch
 
-from sgl_kvq.formats.base import (
-    EXTRA_BITS,
-    PAGE_SIZE,
-    Coding,
-    QuantFormat,
-    hadamard_order,
-    partition_size,
-)
+from sgl_kvq.formats.base import PAGE_SIZE, QuantFormat, hadamard_order
 
 ALIGNMENT_BYTES = 16
+_DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -44,20 +38,15 @@ def _align(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _sum_dtype(terms: int, max_code: int) -> torch.dtype:
-    return torch.uint8 if terms * max_code <= 255 else torch.int16
-
-
 @dataclass(frozen=True)
 class PageLayout:
     """Byte layout of a page row: `num_kv_heads` equal head slices, fields inside each.
 
-    Fields of a head, each aligned to 16 bytes (B = bits, P = 64 tokens, D = head_dim):
-    `k_codes` uint8 [P, D*B/8], `k_scales` and `k_mins` bfloat16 [D] (channel axis) or [groups, P]
-    (token axis), `k_sums` [partitions, P], then `v_codes` uint8 [D*B/8, P] (token-contiguous),
-    `v_scales`, `v_mins`, and `v_sums` [D]. Sums exist in homomorphic formats only. With 16 bits
-    the codes are the rows themselves, [P, D]. Formats with outlier channels end K with `k_extra`
-    uint8 [P, outliers/4].
+    The format names the fields of a head; each begins at a multiple of 16 bytes. Those of scalar
+    formats, with B bits, P = 64 tokens and D = head_dim: `k_codes` uint8 [P, D*B/8], `k_scales` and
+    `k_mins` bfloat16 [D] (channel axis) or [groups, P] (token axis), `k_extra` uint8
+    [P, outliers/4] if there are outlier channels, then `v_codes` uint8 [D*B/8, P]
+    (token-contiguous), `v_scales` and `v_mins`. With 16 bits the codes are the rows, [P, D].
 
     Args:
         format: What K and V store.
@@ -82,11 +71,6 @@ class PageLayout:
         hadamard_order(self.head_dim, self.hadamard_block)
 
     @property
-    def partition(self) -> int:
-        """Channels that share a code sum."""
-        return partition_size(self.head_dim)
-
-    @property
     def rotation_order(self) -> int:
         """Order of the Hadamard blocks of rotated codings."""
         return hadamard_order(self.head_dim, self.hadamard_block)
@@ -96,39 +80,10 @@ class PageLayout:
         """Fields of one head by name, in the order they lie."""
         fields: dict[str, Field] = {}
         offset = 0
-        for name, shape, dtype in (
-            *self._tensor_fields("k", self.format.k),
-            *self._tensor_fields("v", self.format.v),
-        ):
-            fields[name] = Field(offset, shape, dtype)
+        for name, shape, element in self.format.fields(self.head_dim):
+            fields[name] = Field(offset, shape, _DTYPES.get(element, self.row_dtype))
             offset = _align(offset + fields[name].size_bytes)
         return fields
-
-    def _tensor_fields(
-        self, prefix: str, coding: Coding
-    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Fields of K or V. Minima lie right behind the scales, so that one read takes both."""
-        if coding.is_raw:
-            return [(f"{prefix}_codes", (PAGE_SIZE, self.head_dim), self.row_dtype)]
-        width = self.head_dim // coding.num_planes
-        codes: tuple[int, ...] = (PAGE_SIZE, width)
-        sums: tuple[int, ...] = (self.head_dim // self.partition, PAGE_SIZE)
-        terms = self.partition
-        if prefix == "v":
-            codes, sums, terms = (width, PAGE_SIZE), (self.head_dim,), PAGE_SIZE
-        fields = [(f"{prefix}_codes", codes, torch.uint8), *self._meta_fields(prefix, coding)]
-        if self.format.has_sums:
-            fields.append((f"{prefix}_sums", sums, _sum_dtype(terms, coding.max_code)))
-        if outliers := coding.num_outliers(self.head_dim):
-            fields.append((f"{prefix}_extra", (PAGE_SIZE, outliers * EXTRA_BITS // 8), torch.uint8))
-        return fields
-
-    def _meta_fields(
-        self, prefix: str, coding: Coding
-    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        groups = coding.num_groups(self.head_dim)
-        shape = (groups,) if coding.axis == "channel" else (groups, PAGE_SIZE)
-        return [(f"{prefix}_{meta}", shape, torch.bfloat16) for meta in ("scales", "mins")]
 
     @cached_property
     def head_bytes(self) -> int:
@@ -145,6 +100,11 @@ class PageLayout:
     def row_page_bytes(self) -> int:
         """Bytes of the same 64 tokens as 16-bit K and V rows."""
         return 2 * PAGE_SIZE * self.num_kv_heads * self.head_dim * self.row_dtype.itemsize
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of a stored number, all metadata of its page included."""
+        return 8 * self.page_bytes / (2 * PAGE_SIZE * self.num_kv_heads * self.head_dim)
 
     @property
     def bytes_per_token(self) -> float:

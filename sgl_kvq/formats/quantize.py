@@ -1,4 +1,4 @@
-"""Close pages: quantize and pack 16-bit rows into page rows. This file is the specification."""
+"""Close pages: quantize and pack 16-bit rows into page rows. The specification of the kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, PAGE_SIZE, Coding
+from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, PAGE_SIZE, Coding, KOrV
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 
@@ -130,7 +130,7 @@ def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def encode_pages(
     k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
 ) -> torch.Tensor:
-    """Quantize full pages into page rows.
+    """Quantize full pages into page rows, as `layout.format` does.
 
     Args:
         k: [N, PAGE_SIZE, num_kv_heads, head_dim] keys after RoPE, of `layout.row_dtype`, at most
@@ -158,17 +158,24 @@ def encode_pages(
                 f"{name}: expected finite values of at most {LARGEST_MAGNITUDE:.0f}, got others; "
                 f"pass rows through contain_non_finite first"
             )
+    return layout.format.quantize(k, v, num_sinks, layout)
+
+
+def quantize_pages(
+    k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
+) -> torch.Tensor:
+    """Quantize pages of scalar formats; see `encode_pages`, which checks the arguments."""
     pages = torch.zeros((k.shape[0], layout.page_bytes), dtype=torch.uint8, device=k.device)
     tokens = torch.arange(PAGE_SIZE, device=k.device)
     is_sink = (tokens < num_sinks[:, None])[:, None, :, None]  # [N, 1, P, 1]
-    _encode_tensor(pages, "k", k, layout.format.k, is_sink, layout)
-    _encode_tensor(pages, "v", v, layout.format.v, is_sink, layout)
+    _quantize_tensor(pages, "k", k, layout.format.k, is_sink, layout)
+    _quantize_tensor(pages, "v", v, layout.format.v, is_sink, layout)
     return pages
 
 
-def _encode_tensor(
+def _quantize_tensor(
     pages: torch.Tensor,
-    name: str,
+    name: KOrV,
     rows: torch.Tensor,
     coding: Coding,
     is_sink: torch.Tensor,
@@ -198,16 +205,10 @@ def _encode_tensor(
         scales, mins = (meta.squeeze(-1).transpose(2, 3) for meta in (scales, mins))  # [N, H, G, P]
     layout.view(pages, f"{name}_scales").copy_(scales)
     layout.view(pages, f"{name}_mins").copy_(mins)
-    if name == "k":
-        layout.view(pages, "k_codes").copy_(pack_planes(codes, coding.num_planes, -1))
-        if layout.format.has_sums:
-            partitions = codes.unflatten(-1, (-1, layout.partition))
-            layout.view(pages, "k_sums").copy_(partitions.sum(-1).transpose(2, 3))
-    else:
-        by_channel = codes.transpose(2, 3)  # [N, H, D, P]
-        layout.view(pages, "v_codes").copy_(pack_planes(by_channel, coding.num_planes, -2))
-        if layout.format.has_sums:
-            layout.view(pages, "v_sums").copy_(by_channel.sum(-1))
+    dim = -1
+    if name == "v":  # token-contiguous
+        codes, dim = codes.transpose(2, 3), -2
+    layout.view(pages, f"{name}_codes").copy_(pack_planes(codes, coding.num_planes, dim))
 
 
 def _quantize_outliers(

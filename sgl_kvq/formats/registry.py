@@ -1,21 +1,57 @@
-"""All formats by name."""
+"""All formats by name: those of `sgl_kvq.formats.families` and those of other packages.
+
+Another package adds formats by an entry point of the group `sgl_kvq.formats` that names a module
+which calls `register` when it is imported:
+
+    [project.entry-points."sgl_kvq.formats"]
+    mine = "my_package.my_formats"
+
+Modules with formats are imported when somebody first asks for one.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats import bf16, hack, kivi, kvq, saw
+from sgl_kvq.formats import families
 from sgl_kvq.formats.base import QuantFormat
 
-_FORMATS: dict[str, QuantFormat] = {}
-for _format in (*kvq.FORMATS, *hack.FORMATS, *kivi.FORMATS, *saw.FORMATS, *bf16.FORMATS):
-    if _format.name in _FORMATS:
-        raise ValueError(f"format {_format.name!r} is registered twice")
-    _FORMATS[_format.name] = _format
+ENTRY_POINT_GROUP = "sgl_kvq.formats"
+
+logger = logging.getLogger(__name__)
+_formats: dict[str, QuantFormat] = {}
+
+
+def register(quant_format: QuantFormat) -> QuantFormat:
+    """Make a format known under its name.
+
+    Args:
+        quant_format: The format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: another format has this name.
+    """
+    _import_families()  # so that whoever takes one of our names is told at once
+    if quant_format.name in _formats:
+        raise ValueError(
+            f"name: expected one that no format has, got {quant_format.name!r}, which is registered"
+        )
+    _formats[quant_format.name] = quant_format
+    return quant_format
 
 
 def format_names() -> list[str]:
-    """Names of all formats, in the order of the documentation."""
-    return list(_FORMATS)
+    """Names of all formats, sorted."""
+    _import_modules()
+    return sorted(_formats)
 
 
 def get_format(name: str) -> QuantFormat:
@@ -24,9 +60,38 @@ def get_format(name: str) -> QuantFormat:
     Raises:
         ConfigError: no format has this name; the message lists those that exist.
     """
+    _import_modules()
     try:
-        return _FORMATS[name]
+        return _formats[name]
     except KeyError:
         raise ConfigError(
-            f"--kv-quant: expected one of {', '.join(_FORMATS)}, got {name!r}"
+            f"--kv-quant: expected one of {', '.join(format_names())}, got {name!r}"
         ) from None
+
+
+def calibrated_formats() -> list[QuantFormat]:
+    """Formats that `python -m sgl_kvq calibrate` can prepare a model for, by name."""
+    return [found for found in map(get_format, format_names()) if found.calibration is not None]
+
+
+def formats_help() -> str:
+    """What each format is, as one paragraph."""
+    return " ".join(f"{name}: {get_format(name).help}." for name in format_names())
+
+
+@cache
+def _import_families() -> None:
+    """Import our own formats. A module that is being imported when it calls this is skipped."""
+    for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+        importlib.import_module(module.name)
+
+
+@cache
+def _import_modules() -> None:
+    """Import every module that registers formats. A broken package must not stop the others."""
+    _import_families()
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            logger.warning("formats of %s are left out: %s", entry.value, error)

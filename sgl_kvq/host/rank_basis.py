@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.formats.calibration import LayerBasis, default_basis, load_bases
+from sgl_kvq.formats.calibration import Calibration, LayerBasis, load_calibration
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.registry import get_format
 from sgl_kvq.host.names import get_parallel
 
 
@@ -24,6 +23,25 @@ class RankBasis:
     out: torch.Tensor
 
 
+def model_calibration(config: KVQuantConfig, model_config: Any) -> Calibration:
+    """Formats and bases of all layers of a model.
+
+    Args:
+        config: The options.
+        model_config: SGLang's `ModelConfig`.
+
+    Raises:
+        ConfigError: `--kv-quant-config` does not fit the model.
+    """
+    return load_calibration(
+        config.format,
+        config.config_file,
+        model_config.num_hidden_layers,
+        model_config.get_total_num_kv_heads(),
+        model_config.head_dim,
+    )
+
+
 def model_bases(config: KVQuantConfig, model_config: Any) -> list[LayerBasis]:
     """Bases of all layers and heads, none if the format stores heads as they are.
 
@@ -34,13 +52,7 @@ def model_bases(config: KVQuantConfig, model_config: Any) -> list[LayerBasis]:
     Raises:
         ConfigError: `--kv-quant-config` does not fit the model.
     """
-    if not get_format(config.format).own_basis:
-        return []
-    layers, head_dim = model_config.num_hidden_layers, model_config.head_dim
-    num_kv_heads = model_config.get_total_num_kv_heads()
-    if config.config_file is None:
-        return [default_basis(head_dim, num_kv_heads)] * layers
-    return load_bases(config.config_file, layers, num_kv_heads, head_dim)
+    return list(model_calibration(config, model_config).bases)
 
 
 def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[RankBasis]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional  # SGLang's parser reads these annot
 from sgl_kvq.config import PREFILL_MODES, KVQuantConfig
 from sgl_kvq.errors import ConfigError, KvqError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.formats.registry import format_names
+from sgl_kvq.formats.registry import format_names, formats_help
 from sgl_kvq.host.names import BACKEND, NS, TRANSFER_BACKEND, Arg, ServerArgs, check_version
 from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
 
@@ -22,10 +22,7 @@ class KvqServerArgs(TransferArgs, ServerArgs):
         Optional[str],  # noqa: UP045
         Arg(
             help="Store the KV cache in closed 64-token pages of this format (sgl_kvq plugin). "
-            "kvq2/kvq4: 2.9/4.6 bits for answers near bf16's, best with --kv-quant-config. "
-            "hack2/hack4/hack8: HACK, 2/4/8 bits. kivi2/kivi4: KIVI. saw4: SAW-INT4 with Hadamard "
-            "rotation. int4: token-wise INT4. k4v2: 4-bit K, 2-bit V. hack2-v1: axes of HACK's "
-            "arXiv v1. bf16: the same pages without quantization.",
+            f"{formats_help()} `python -m sgl_kvq formats` has their sizes.",
             choices=format_names(),
         ),
         NS("memory"),
@@ -54,7 +51,7 @@ class KvqServerArgs(TransferArgs, ServerArgs):
     ] = 0
     kv_quant_config: Annotated[
         Optional[str],  # noqa: UP045
-        "With --kv-quant kvq2 or kvq4: file of `python -m sgl_kvq calibrate`.",
+        "With a calibrated format as --kv-quant: file of `python -m sgl_kvq calibrate`.",
         NS("memory"),
     ] = None
     kv_quant_memory_gb: Annotated[

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.formats.calibration import layer_formats
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.allocator import KvqCpuPagedAllocator, KvqPagedAllocator
 from sgl_kvq.host.names import MemoryPoolConfig, get_disagg, get_exec, get_parallel, get_schedule
 from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.host.rank_basis import model_calibration
 from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
 
 logger = logging.getLogger(__name__)
@@ -31,15 +31,13 @@ def make_layouts(
     """
     return tuple(
         PageLayout(
-            format=of_layer,
+            format=layer_format,
             head_dim=model_config.head_dim,
             num_kv_heads=model_config.get_num_kv_heads(tp_size),
             row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,
             hadamard_block=config.hadamard_block,
         )
-        for of_layer in layer_formats(
-            config.format, config.config_file, model_config.num_hidden_layers
-        )
+        for layer_format in model_calibration(config, model_config).formats
     )
 
 

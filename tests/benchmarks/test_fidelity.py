@@ -47,6 +47,25 @@ def test_16_bits_equal_the_model_of_transformers(tiny_model_path: str, text_ids:
     assert torch.equal(other[:PAGE_SIZE], found[:PAGE_SIZE])  # nothing is read in codes yet
 
 
+def test_a_model_whose_configuration_has_no_head_dim(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, vocab_size=99)
+    assert not hasattr(config, "head_dim")
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "plain")
+    inject(tmp_path / "plain", tmp_path / "outliers")
+    ids = torch.randint(99, (150,))
+    hidden = {}
+    for name in ("plain", "outliers"):
+        teacher = Teacher(tmp_path / name)
+        histories = [FormatHistory(x, teacher.model.config) for x in ("bf16", "kvq2")]
+        hidden[name], other = (teacher.hidden(ids, history) for history in histories)
+        assert (hidden[name] - other).abs().max() > 0
+    torch.testing.assert_close(hidden["plain"], hidden["outliers"], rtol=0, atol=0)
+
+
 def test_injected_outliers_change_keys_and_nothing_else(
     tiny_model_path: str, text_ids: list[int], tmp_path: Path
 ) -> None:

@@ -13,19 +13,22 @@ from sgl_kvq.__main__ import main
 from sgl_kvq.commands.calibrate import command as calibrate
 from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
 from sgl_kvq.commands.calibrate.budget import (
-    CANDIDATES,
     _cost,
     _spread,
     bits_per_element,
+    candidate_formats,
     choose_bits,
     left_over,
 )
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.formats.calibration import KvqBits, layer_formats
+from sgl_kvq.formats.base import PAGE_SIZE, LayerBits
+from sgl_kvq.formats.calibration import load_calibration
+from sgl_kvq.formats.families.kvq import kvq_format
+from sgl_kvq.formats.registry import calibrated_formats, get_format
 
 HEADS, GQA, D = 2, 3, 64
+CANDIDATES = candidate_formats(get_format("kvq2"))
 
 
 def test_stored_attention_reports_gradients_of_earlier_pages_only() -> None:
@@ -63,22 +66,26 @@ def moments(k_cost: float, v_cost: float) -> Moments:
     return Moments(spread, spread, k_cost * eye, v_cost * eye)
 
 
-def choose(budget: float, k_cost: float, v_cost: float, later: float = 1) -> list[KvqBits]:
+def size_of(bits: LayerBits) -> float:
+    return bits_per_element(kvq_format("layer", *bits), D)
+
+
+def choose(budget: float, k_cost: float, v_cost: float, later: float = 1) -> list[LayerBits]:
     """Choose for four layers; errors in the last two cost `later` times as much."""
     layers = [moments(scale * k_cost, scale * v_cost) for scale in (1, 1, later, later)]
     found = choose_bits(budget, layers, [fit_basis(layer) for layer in layers], 1)
-    size = sum(bits_per_element(bits, D) for bits in found.chosen.layers) / 4
+    size = sum(size_of(bits) for bits in found.allocation.layers) / 4
     assert found.bits_per_element == pytest.approx(size)
     assert size <= budget
-    return found.chosen.layers
+    return found.allocation.layers
 
 
 def test_bits_go_where_errors_cost() -> None:
-    assert choose(2.5, 1, 1) == [KvqBits(2, 0, 2)] * 4
+    assert choose(2.5, 1, 1) == [LayerBits(2, 0, 2)] * 4
     assert {bits.v for bits in choose(3.75, 1, 1e-6)} == {2}
     assert {bits.v for bits in choose(3.75, 1e-6, 1)} == {4}
     first, _, third, last = choose(3.5, 1, 1, later=100)
-    assert bits_per_element(first, D) < bits_per_element(third, D)
+    assert size_of(first) < size_of(third)
     assert third == last
     with pytest.raises(ConfigError, match=r"--budget-bits: expected at least 2\.5"):
         choose(2.4, 1, 1)
@@ -90,12 +97,12 @@ def test_no_other_pair_of_codings_is_better(budget: float) -> None:
     layers = [moments(k, v) for k, v in ((1, 3), (5, 1), (30, 40))]
     bases = [fit_basis(layer) for layer in layers]
     costs = [
-        [_cost(bits, _spread(*pair)) for bits in CANDIDATES]
+        [_cost(candidate, _spread(*pair)) for candidate in CANDIDATES]
         for pair in zip(layers, bases, strict=True)
     ]
-    sizes = [bits_per_element(bits, D) for bits in CANDIDATES]
+    sizes = [bits_per_element(candidate, D) for candidate in CANDIDATES]
     least = min(
-        sum(of_layer[i] for of_layer, i in zip(costs, picks, strict=True))
+        sum(layer_costs[i] for layer_costs, i in zip(costs, picks, strict=True))
         for pair in combinations(range(len(CANDIDATES)), 2)
         for picks in product(pair, repeat=3)
         if sum(sizes[i] for i in picks) <= 3 * budget
@@ -105,9 +112,17 @@ def test_no_other_pair_of_codings_is_better(budget: float) -> None:
 
 def test_left_over_shrinks_sixteenfold_with_two_bits() -> None:
     """Uniform steps: 15 / 63 of the step is 1 / 17.6 of the error; ranges cut more at 2 bits."""
-    assert left_over(2, 64) == pytest.approx(0.12, abs=0.015)
-    assert 10 < left_over(2, 64) / left_over(4, 64) < 16
-    assert 12 < left_over(4, 64) / left_over(6, 64) < 18
+    two, four, six = left_over(2, True, 64), left_over(4, False, 64), left_over(6, False, 64)
+    assert two == pytest.approx(0.12, abs=0.015)
+    assert 10 < two / four < 16
+    assert 12 < four / six < 18
+
+
+@pytest.mark.parametrize(("budget", "name"), [(2.6, "kvq2"), (3.7, "kvq2"), (3.72, "kvq4")])
+def test_bits_go_with_the_format_of_the_nearest_size(budget: float, name: str) -> None:
+    layers = [moments(1, 1)]
+    assert choose_bits(budget, layers, [fit_basis(layers[0])], 1).allocation.format == name
+    assert name in {found.name for found in calibrated_formats()}
 
 
 def test_calibrate_goes_on_where_it_was_stopped(
@@ -142,7 +157,7 @@ def test_calibrate_goes_on_where_it_was_stopped(
     whole, parts = (tmp_path / f"{name}.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
     report = json.loads(whole.with_suffix(".json").read_text())
-    chosen = layer_formats(report["format"], str(parts), len(report["layers"]))
+    chosen = load_calibration(report["format"], str(parts), len(report["layers"]), 2, 64).formats
     assert [bits["k"] for bits in report["layers"]] == [f.k.num_bits for f in chosen]
     assert report["bits_per_element"] <= 3.6
     assert f"K {chosen[0].k.num_bits} bits" in said

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.formats.base import PAGE_SIZE, LayerBits, QuantFormat
 from sgl_kvq.formats.calibration import (
-    Chosen,
-    KvqBits,
+    BitAllocation,
+    Calibration,
     LayerBasis,
     change_basis,
     default_basis,
-    layer_formats,
-    load_bases,
+    load_calibration,
     save_bases,
 )
 from sgl_kvq.formats.registry import get_format
@@ -100,42 +101,70 @@ def test_the_default_puts_slow_channels_first() -> None:
     assert change_basis(x, default_basis(D, 1).k)[0, 0, :4].tolist() == [31, 63, 30, 62]
 
 
+def load(name: str, path: Path, num_layers: int = 2) -> Calibration:
+    return load_calibration(name, str(path), num_layers, HEADS, D)
+
+
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "kvq.safetensors"
     bases = [default_basis(D, HEADS), fitted()]
     save_bases(path, bases, {"model": "m"})
-    loaded = load_bases(str(path), 2, HEADS, D)
-    for saved, read in zip(bases, loaded, strict=True):
+    calibration = load("kvq2", path)
+    for saved, read in zip(bases, calibration.bases, strict=True):
         assert torch.equal(saved.k, read.k)
         assert torch.equal(saved.v, read.v)
     with pytest.raises(ConfigError, match=r"expected 3 layers .* calibrate this model"):
-        load_bases(str(path), 3, HEADS, D)
+        load("kvq2", path, 3)
     with pytest.raises(ConfigError, match="expected a file of `python -m sgl_kvq calibrate`"):
-        load_bases(str(tmp_path / "none"), 2, HEADS, D)
+        load("kvq2", tmp_path / "none")
     save_file({"k": bases[0].k, "v": bases[0].v}, path)
     with pytest.raises(ConfigError, match=r"expected version 1, .* calibrate this model"):
-        load_bases(str(path), 2, HEADS, D)
+        load("kvq2", path)
     save_file({"k": bases[0].k}, path, metadata={"sgl_kvq": '{"version": 1}'})
     with pytest.raises(ConfigError, match="expected a file of `python -m sgl_kvq calibrate`"):
-        load_bases(str(path), 2, HEADS, D)
+        load("kvq2", path)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "kvq.safetensors"
+    save_bases(path, [default_basis(D, HEADS)] * 2, {"model": "m"})
+    first = load("kvq2", path)
+    assert load("kvq2", path) is first
+    assert first.digest == xxhash.xxh3_64_hexdigest(path.read_bytes())
+    save_bases(path, [fitted()] * 2, {"model": "other"})
+    second = load("kvq2", path)
+    assert second.digest != first.digest
+    assert torch.equal(second.bases[0].k, fitted().k)
+
+
+def test_without_a_file() -> None:
+    default = load_calibration("kvq2", None, 2, HEADS, D)
+    assert [basis.k.shape for basis in default.bases] == [(HEADS, D, D)] * 2
+    plain = load_calibration("hack2", None, 2, HEADS, D)
+    assert (plain.bases, plain.digest) == ((), "unset")
+    assert plain.formats == (get_format("hack2"),) * 2
+
+
+def bits_of(formats: Sequence[QuantFormat]) -> list[LayerBits]:
+    return [LayerBits(f.k.num_bits, f.k.outlier_16ths, f.v.num_bits) for f in formats]
 
 
 def test_a_file_may_choose_bits_by_layer(tmp_path: Path) -> None:
-    path = str(tmp_path / "kvq.safetensors")
+    path = tmp_path / "kvq.safetensors"
     bases = [default_basis(D, HEADS)] * 2
-    save_bases(Path(path), bases, {"model": "m"})
-    plain = [get_format("kvq2")] * 2
-    assert layer_formats("kvq2", path, 2) == layer_formats("kvq2", None, 2) == plain
-    chosen = Chosen("kvq4", [KvqBits(4, 2, 2), KvqBits(2, 3, 4)])
-    save_bases(Path(path), bases, {"model": "m"}, chosen)
-    found = layer_formats("kvq4", path, 2)
-    assert [KvqBits(f.k.num_bits, f.k.outlier_16ths, f.v.num_bits) for f in found] == chosen.layers
-    assert {f.name for f in found} == {"kvq4"}
-    assert load_bases(path, 2, HEADS, D)[0].k.shape == (HEADS, D, D)
+    save_bases(path, bases, {"model": "m"})
+    assert load("kvq2", path).formats == (get_format("kvq2"),) * 2
+    chosen = BitAllocation("kvq4", [LayerBits(4, 2, 2), LayerBits(2, 3, 4)])
+    save_bases(path, bases, {"model": "m"}, chosen)
+    found = load("kvq4", path)
+    assert bits_of(found.formats) == chosen.layers
+    assert {f.name for f in found.formats} == {"kvq4"}
+    assert found.bases[0].k.shape == (HEADS, D, D)
     with pytest.raises(ConfigError, match=r"chose bits for --kv-quant kvq4, got kvq2"):
-        layer_formats("kvq2", path, 2)
+        load("kvq2", path)
+    save_bases(path, [*bases, bases[0]], {"model": "m"}, chosen)
     with pytest.raises(ConfigError, match=r"expected for each of 3 layers .* calibrate this model"):
-        layer_formats("kvq4", path, 3)
+        load("kvq4", path, 3)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +179,4 @@ def test_bits_that_do_not_exist_are_refused(tmp_path: Path, layers: object) -> N
     header = {"sgl_kvq": json.dumps({"version": 1, "chosen": chosen})}
     save_file(tensors, path, metadata=header)
     with pytest.raises(ConfigError, match=r"--kv-quant-config: expected for each of 1 layers"):
-        layer_formats("kvq2", str(path), 1)
+        load("kvq2", path, 1)

@@ -144,20 +144,6 @@ def test_outlier_channels_have_two_bits_more(name: str, num_outliers: int) -> No
     assert steps[..., num_outliers:].quantile(0.99) > 0.4
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("name", [n for n in QUANTIZED if get_format(n).has_sums])
-def test_cached_sums_are_the_sums_of_the_codes(name: str, head_dim: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    layout = PageLayout(get_format(name), head_dim, 2)
-    k, v = (random_rows((2, PAGE_SIZE, 2, head_dim), generator) for _ in range(2))
-    rows = encode_pages(k, v, torch.tensor([4, 0], dtype=torch.int32), layout)
-    k_codes = unpack_planes(layout.view(rows, "k_codes"), layout.format.k.num_planes, -1).long()
-    v_codes = unpack_planes(layout.view(rows, "v_codes"), layout.format.v.num_planes, -2).long()
-    by_partition = k_codes.unflatten(-1, (-1, layout.partition)).sum(-1).transpose(2, 3)
-    assert torch.equal(layout.view(rows, "k_sums").long(), by_partition)
-    assert torch.equal(layout.view(rows, "v_sums").long(), v_codes.sum(-1))
-
-
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_sink_tokens_do_not_touch_the_scales_of_others(name: str) -> None:
     generator = torch.Generator().manual_seed(3)

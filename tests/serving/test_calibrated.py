@@ -11,7 +11,7 @@ import torch
 from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.__main__ import main
-from sgl_kvq.formats.calibration import layer_formats
+from sgl_kvq.formats.calibration import load_calibration
 from sgl_kvq.formats.registry import get_format
 from tests.serving.test_oracle import serve
 
@@ -32,7 +32,7 @@ def config_files(
         arguments = ["--context", "512", "--segments", "2", "--out", paths[name]]
         assert main(["calibrate", short_model_path, *arguments, *budget]) == 0
     assert not list(folder.glob("*.partial"))
-    chosen = layer_formats("kvq2", paths["chosen"], NUM_LAYERS)
+    chosen = load_calibration("kvq2", paths["chosen"], NUM_LAYERS, 3, 64).formats
     assert get_format("kvq2") not in chosen
     assert len(set(chosen)) == 2
     return paths

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from sgl_kvq.formats.calibration import Chosen, KvqBits, default_basis, save_bases
+from sgl_kvq.formats.base import LayerBits
+from sgl_kvq.formats.calibration import BitAllocation, default_basis, save_bases
 from tests.serving.test_calibrated import offline
 from tests.support.hf_oracle import oracle_logprobs
 
@@ -26,9 +27,9 @@ def two_codings(model_path: str, tmp_path: Path) -> str:
     config = AutoConfig.from_pretrained(model_path)
     layers = config.num_hidden_layers
     bases = [default_basis(config.head_dim, config.num_key_value_heads)] * layers
-    bits = [KvqBits(2, 4, 2), KvqBits(4, 5, 4)] * (layers // 2)
+    bits = [LayerBits(2, 4, 2), LayerBits(4, 5, 4)] * (layers // 2)
     path = tmp_path / "kvq.safetensors"
-    save_bases(path, bases, {}, Chosen("kvq2", bits))
+    save_bases(path, bases, {}, BitAllocation("kvq2", bits))
     return str(path)
 
 

@@ -50,7 +50,7 @@ def test_every_metric_is_there_with_labels(server: Server) -> None:
     generate(server, [9] * 5, 2)
     found = scrape(server)
     assert set(found) == {*GAUGES, f"{CONTAINED}_total"}
-    assert found["bytes_per_token"] == 2 * 2 * 42  # layers, KV heads, docs/kv_layout.md
+    assert found["bytes_per_token"] == 2 * 2 * 40  # layers, KV heads, docs/kv_layout.md
     assert found["open_slots"] == 2
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     (line,) = (row for row in text.splitlines() if row.startswith(f"{PREFIX}open_slots{{"))

@@ -1,8 +1,8 @@
-"""Which codings lose least within a number of bits, layer by layer, from calibration's moments.
+"""Choose the codings that lose least within a number of bits, layer by layer.
 
 An error e of a row costs e M e^T / 2 nats (see `basis_fit`), so a coding that leaves the share d of
-a channel's variance costs d * variance * M / 2 there. M and the variances are measured on text, d
-on normal numbers with the coding itself.
+a channel's variance costs d * variance * M / 2 there. M and the variances are calibration's
+moments, d is measured on normal numbers with the coding itself.
 
 A model gets at most two codings: each is a kernel of its own, and a third would gain little
 (SmolLM2-135M at 4.5625 bits: one 0.0024 nats predicted, two 0.0014, any number 0.0014).
@@ -18,33 +18,30 @@ import torch
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE
-from sgl_kvq.formats.calibration import Chosen, KvqBits, LayerBasis
-from sgl_kvq.formats.kvq import kvq_format
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Coding, QuantFormat
+from sgl_kvq.formats.calibration import BitAllocation, LayerBasis
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import quantize_groups
-from sgl_kvq.formats.registry import get_format
-
-CANDIDATES = tuple(KvqBits(k, outliers, v) for k in (2, 4) for outliers in range(9) for v in (2, 4))
+from sgl_kvq.formats.registry import calibrated_formats
 
 COARSE_WEIGHT, EXTRA_WEIGHT = 4.0, 1.5
-"""What errors in K cost against their prediction: those of 2-bit codes in the leading half of the
-channels, and others. The exponential makes more of large errors (SmolLM2-135M: extra bits for 4
-more channels gain 3.5 to 4.8 times the prediction at 2 bits, 1.0 to 1.6 times at 4; V costs 0.8 to
-1.1)."""
+"""Factors on the predicted cost of errors in K: of 2-bit codes in the leading half of the channels,
+and of others. Softmax amplifies large errors (SmolLM2-135M: extra bits for 4 more channels gain 3.5
+to 4.8 times the prediction at 2 bits, 1.0 to 1.6 times at 4; V costs 0.8 to 1.1 times its own)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Codings of a model and what they are predicted to cost.
+    """Bits of a model's layers and the loss predicted for them.
 
     Args:
-        chosen: Codings of each layer.
-        bits_per_element: Stored, all metadata of pages included.
-        costs: Of each layer, nats a token; right to a factor, and in order.
+        allocation: Bits of each layer.
+        bits_per_element: Bits of a stored number, all metadata of pages included; mean over layers.
+        costs: Predicted KL divergence of each layer, nats a token; accurate up to scale,
+            rank-preserving.
     """
 
-    chosen: Chosen
+    allocation: BitAllocation
     bits_per_element: float
     costs: list[float]
 
@@ -54,17 +51,22 @@ def choose_bits(
 ) -> Choice:
     """Choose the codings with the least predicted cost.
 
+    They are candidates of the calibrated format whose own size is nearest to the budget.
+
     Args:
         budget_bits: Most bits per element, mean over layers, all metadata included.
-        moments: Of each layer.
-        bases: Fitted to them.
+        moments: Moments of each layer.
+        bases: Bases fitted to them.
         num_tokens: Tokens the moments are sums over.
 
     Raises:
         ConfigError: even the smallest coding takes more.
     """
     head_dim = bases[0].k.shape[-1]
-    sizes = torch.tensor([bits_per_element(bits, head_dim) for bits in CANDIDATES])
+    largest_first = sorted(calibrated_formats(), key=lambda x: -bits_per_element(x, head_dim))
+    named = min(largest_first, key=lambda x: abs(bits_per_element(x, head_dim) - budget_bits))
+    candidates = candidate_formats(named)
+    sizes = torch.tensor([bits_per_element(candidate, head_dim) for candidate in candidates])
     if budget_bits < sizes.min():
         raise ConfigError(
             f"--budget-bits: expected at least {sizes.min():g} with head_dim {head_dim}, "
@@ -72,7 +74,7 @@ def choose_bits(
         )
     costs = torch.tensor(
         [
-            [_cost(bits, spread) / num_tokens**2 for bits in CANDIDATES]
+            [_cost(candidate, spread) / num_tokens**2 for candidate in candidates]
             for spread in (_spread(*pair) for pair in zip(moments, bases, strict=True))
         ],
         dtype=torch.float64,
@@ -85,12 +87,9 @@ def choose_bits(
     ]
     total = torch.stack([costs.gather(1, pick[:, None]).sum() for pick in picks])
     best = picks[int(total.argmin())]
-    layers = [CANDIDATES[i] for i in best.tolist()]
-    size = float(sizes[best].mean())
-    halfway = sum(bits_per_element(named_bits(name), head_dim) for name in ("kvq2", "kvq4")) / 2
     return Choice(
-        Chosen("kvq2" if budget_bits < halfway else "kvq4", layers),
-        size,
+        BitAllocation(named.name, [candidates[i].bits for i in best.tolist()]),
+        float(sizes[best].mean()),
         costs.gather(1, best[:, None]).flatten().tolist(),
     )
 
@@ -98,7 +97,7 @@ def choose_bits(
 def _pick(
     costs: torch.Tensor, sizes: torch.Tensor, smaller: int, larger: int, budget_bits: float
 ) -> torch.Tensor:
-    """The larger coding where it gains most, as often as fits; int64 [layers]."""
+    """Give as many layers as fit the larger coding, those that gain most; int64 [layers]."""
     num_layers = len(costs)
     room, step = budget_bits - sizes[smaller], sizes[larger] - sizes[smaller]
     often = num_layers if step <= room else int(room * num_layers / step)
@@ -108,25 +107,24 @@ def _pick(
     return torch.where(gain > 0, pick, smaller)
 
 
-def bits_per_element(bits: KvqBits, head_dim: int) -> float:
-    """Bits a stored number takes, all metadata of its page included."""
-    layout = PageLayout(kvq_format("kvq", *bits), head_dim, 1)
-    return 16 * layout.page_bytes / layout.row_page_bytes
+def bits_per_element(quant_format: QuantFormat, head_dim: int) -> float:
+    """Bits of a stored number, all metadata of its page included."""
+    return PageLayout(quant_format, head_dim, 1).bits_per_element
 
 
-def named_bits(name: str) -> KvqBits:
-    """Codings that `kvq2` or `kvq4` have without a choice."""
-    named = get_format(name)
-    return KvqBits(named.k.num_bits, named.k.outlier_16ths, named.v.num_bits)
+def candidate_formats(named: QuantFormat) -> list[QuantFormat]:
+    """Formats that a layer may get instead of a calibrated one."""
+    assert named.calibration is not None
+    return [named.calibration.with_bits(named.name, bits) for bits in named.calibration.candidates]
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """What a layer's channels cost in its basis, each float64 [num_kv_heads, head_dim].
+    """Variances of a layer's channels in its basis, weighted by the cost of errors there.
 
     Args:
-        k: Variance of a key channel times the cost of an error there.
-        v: Likewise, each value channel with the mean variance: they share a step.
+        k: float64 [num_kv_heads, head_dim], keys.
+        v: Like k, values; each channel with the mean variance, since they share a step.
     """
 
     k: torch.Tensor
@@ -153,23 +151,30 @@ def _in_basis(
     return variance, (back @ cost @ back.transpose(1, 2)).diagonal(0, 1, 2)
 
 
-def _cost(bits: KvqBits, spread: _Spread) -> float:
-    """Half the sum of squared errors, each by its cost."""
+def _cost(candidate: QuantFormat, spread: _Spread) -> float:
+    """Half the weighted sum of squared errors that a coding is expected to leave."""
     head_dim = spread.k.shape[1]
-    outliers = kvq_format("kvq", *bits).k.num_outliers(head_dim)
+    outliers, k_bits = candidate.k.num_outliers(head_dim), candidate.k.num_bits
     channel = torch.arange(head_dim)
-    coarse = (channel >= outliers) & (channel < head_dim // 2) & (bits.k == 2)
+    coarse = (channel >= outliers) & (channel < head_dim // 2) & (k_bits == 2)
     weight = torch.where(coarse, COARSE_WEIGHT, EXTRA_WEIGHT).double()
-    weight[:outliers] *= left_over(bits.k + EXTRA_BITS, PAGE_SIZE)
-    weight[outliers:] *= left_over(bits.k, PAGE_SIZE)
+    weight[:outliers] *= left_over(k_bits + EXTRA_BITS, False, PAGE_SIZE)
+    weight[outliers:] *= left_over(k_bits, candidate.k.mse_clipping, PAGE_SIZE)
     k = (spread.k * weight).sum()
-    return 0.5 * float(k + spread.v.sum() * left_over(bits.v, head_dim))
+    v_left = left_over(candidate.v.num_bits, candidate.v.mse_clipping, head_dim)
+    return 0.5 * float(k + spread.v.sum() * v_left)
 
 
 @lru_cache
-def left_over(num_bits: int, group_size: int) -> float:
-    """Share of the variance of normal numbers that a coding of the family leaves as error."""
+def left_over(num_bits: int, mse_clipping: bool, group_size: int) -> float:
+    """Share of the variance of normal numbers that a coding leaves as error.
+
+    Args:
+        num_bits: Bits of a code, 1 to 8.
+        mse_clipping: See `Coding`.
+        group_size: Numbers that share a scale.
+    """
     x = torch.randn(4096, group_size, generator=torch.Generator().manual_seed(0))
-    coding = kvq_format("kvq", 2, 0, 2 if num_bits == 2 else 4).v  # fitted, or not
+    coding = Coding(8, mse_clipping=mse_clipping)
     codes, scales, mins = quantize_groups(x, coding, -1, max_code=2**num_bits - 1)
     return float((codes * scales.float() + mins.float() - x).square().mean())

@@ -1,4 +1,4 @@
-"""`python -m sgl_kvq calibrate MODEL`: the bases that kvq2 and kvq4 store a model's K and V in."""
+"""`python -m sgl_kvq calibrate MODEL`: the bases that calibrated formats store K and V in."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
 from sgl_kvq.commands.calibrate.budget import Choice, choose_bits
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.commands.calibrate.text import default_text
+from sgl_kvq.commands.geometry import model_geometry
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import save_bases
+from sgl_kvq.formats.registry import calibrated_formats
 
 ATTENTION_NAME = "kvq_calibrate"
 GPU_TEXTS, CPU_TEXTS = 36, 8
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="B",
         help="choose the bits of K and V in each layer that lose least within B bits per element, "
-        "metadata included, instead of those of kvq2 or kvq4",
+        "metadata included, instead of those of the format",
     )
     parser.add_argument("--device", default="cpu", help="where the model runs, default: cpu")
     parser.add_argument(
@@ -84,41 +86,41 @@ def write(args: argparse.Namespace, collected: Collected) -> None:
     """Fit bases, choose bits if asked to, and write both.
 
     Args:
-        args: Of the command.
-        collected: Of `collect`.
+        args: Options of the command.
+        collected: What `collect` returned.
 
     Raises:
         ConfigError: no coding is small enough for `--budget-bits`.
     """
     moments = [collected.moments[layer].cpu() for layer in sorted(collected.moments)]
-    bases = [fit_basis(of_layer) for of_layer in moments]
+    bases = [fit_basis(layer_moments) for layer_moments in moments]
     num_tokens = collected.done * args.context
     about = {"model": Path(args.model).name, "tokens": str(num_tokens)}
     if args.budget_bits is None:
         save_bases(args.out, bases, about)
-        name = "kvq2"
+        names = " or ".join(found.name for found in calibrated_formats())
     else:
         choice = choose_bits(args.budget_bits, moments, bases, num_tokens)
-        save_bases(args.out, bases, about, choice.chosen)
-        name = choice.chosen.format
+        save_bases(args.out, bases, about, choice.allocation)
+        names = choice.allocation.format
         _report(choice, about, args.out.with_suffix(".json"))
-    sys.stdout.write(f"serve with --kv-quant {name} --kv-quant-config {args.out}\n")
+    sys.stdout.write(f"serve with --kv-quant {names} --kv-quant-config {args.out}\n")
 
 
 def _report(choice: Choice, about: dict[str, str], path: Path) -> None:
     """Say what was chosen, and write it as JSON for people; a server reads the other file."""
     layers = [
         bits._asdict() | {"predicted_nats": float(f"{cost:.3g}")}
-        for bits, cost in zip(choice.chosen.layers, choice.costs, strict=True)
+        for bits, cost in zip(choice.allocation.layers, choice.costs, strict=True)
     ]
     report = {
         **about,
-        "format": choice.chosen.format,
+        "format": choice.allocation.format,
         "bits_per_element": round(choice.bits_per_element, 4),
         "layers": layers,
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
-    for bits, count in Counter(choice.chosen.layers).most_common():
+    for bits, count in Counter(choice.allocation.layers).most_common():
         sys.stdout.write(
             f"{count} layers: K {bits.k} bits, {bits.outlier_16ths} of 16 channels {EXTRA_BITS} "
             f"more, V {bits.v} bits\n"
@@ -130,10 +132,10 @@ def collect(args: argparse.Namespace) -> Collected:
     """Collect moments over the texts.
 
     Args:
-        args: Of the command.
+        args: Options of the command.
 
     Raises:
-        ConfigError: no such model, or too little text.
+        ConfigError: no such model, one whose cache no format can hold, or too little text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -142,6 +144,9 @@ def collect(args: argparse.Namespace) -> Collected:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from error
+    head_dim = model_geometry(model.config).head_dim
+    if head_dim % 16:
+        raise ConfigError(f"{args.model}: expected head_dim a multiple of 16, got {head_dim}")
     model = model.eval().requires_grad_(False).to(args.device)
     texts = _texts(args, tokenizer)
     collected = Collected(args.out.with_suffix(".partial"), _key(args, texts), args.device)

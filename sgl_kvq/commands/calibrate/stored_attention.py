@@ -1,4 +1,4 @@
-"""Attention that tells what the model's answers owe to the rows that closed pages would hold."""
+"""Attention that captures gradients with respect to K and V read from closed pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stored_attention(
 ) -> torch.Tensor:
     """Causal attention; reports the gradients of K and V as read by tokens of later pages.
 
-    A token reads its own page in 16 bits, so what it owes to that page is no cost of a format.
+    A token reads its own page in 16 bits, so quantizing that page adds no error there.
 
     Args:
         q: [num_qo_heads, tokens, head_dim], full pages.

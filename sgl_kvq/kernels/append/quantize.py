@@ -1,6 +1,6 @@
 """Quantizing 64 rows of one head: the device functions of the append and close kernels (Triton).
 
-The arithmetic is that of `reference.py`, rounding by rounding, so that codes and metadata agree to
+The arithmetic is that of `formats/quantize.py`, rounding by rounding: codes and metadata agree to
 the bit. Kernels must be launched without fused multiply-adds; the two that are meant are spelled
 out.
 """
@@ -189,8 +189,6 @@ def quantize_rows(
     else:
         ptrs = head_ptr + CODING.codes + byte[None, :] * PAGE + tokens[:, None]
     tl.store(ptrs, packed, mask=(byte < WIDTH)[None, :])
-    if CODING.sums > 0:
-        _store_sums(codes, channel, valid, tokens, head_ptr + CODING.sums, CODING, IS_KEY, SPEC)
 
 
 @triton.jit
@@ -258,21 +256,3 @@ def _store_extra(
     byte = tl.arange(0, BYTES)
     ptrs = extra_ptr + tokens[:, None] * CODING.extra_bytes + byte[None, :]
     tl.store(ptrs, packed.to(tl.uint8), mask=(byte < CODING.extra_bytes)[None, :])
-
-
-@triton.jit
-def _store_sums(
-    codes, channel, valid, tokens, sums_ptr,
-    CODING: tl.constexpr, IS_KEY: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """Write code sums: by token and partition (K) or by channel (V)."""
-    if not CODING.sums_are_bytes:
-        sums_ptr = sums_ptr.to(tl.pointer_type(tl.int16))
-    if IS_KEY:
-        for part in tl.static_range(SPEC.head_dim // SPEC.partition):
-            inside = (channel // SPEC.partition == part)[None, :]
-            total = tl.sum(tl.where(inside, codes, 0), axis=1)
-            tl.store(sums_ptr + part * PAGE + tokens, total.to(sums_ptr.dtype.element_ty))
-    else:
-        total = tl.sum(codes, axis=0)
-        tl.store(sums_ptr + channel, total.to(sums_ptr.dtype.element_ty), mask=valid)

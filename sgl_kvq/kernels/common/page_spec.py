@@ -22,8 +22,7 @@ class CodingSpec:
         cuts: What each clipping ratio of the MSE range search cuts off either end, as shares of the
             range; empty without the search.
         extra_bytes: Bytes of a token's extra bits of outlier channels, 0 without.
-        codes, scales, mins, sums, extra: Offsets; 0 where the field does not exist.
-        sums_are_bytes: Whether code sums are uint8 (else int16).
+        codes, scales, mins, extra: Offsets; 0 where the field does not exist.
     """
 
     num_bits: int
@@ -36,9 +35,7 @@ class CodingSpec:
     codes: int
     scales: int
     mins: int
-    sums: int
     extra: int
-    sums_are_bytes: bool
 
     @property
     def is_raw(self) -> bool:
@@ -58,7 +55,6 @@ class PageSpec:
         num_kv_heads: Heads of this rank.
         head_bytes: Bytes of one head's slice of a page row.
         page_bytes: Bytes of a page row.
-        partition: Channels that share a code sum.
         k: Keys.
         v: Values.
     """
@@ -67,7 +63,6 @@ class PageSpec:
     num_kv_heads: int
     head_bytes: int
     page_bytes: int
-    partition: int
     k: CodingSpec
     v: CodingSpec
 
@@ -80,7 +75,6 @@ def page_spec(layout: PageLayout) -> PageSpec:
         num_kv_heads=layout.num_kv_heads,
         head_bytes=layout.head_bytes,
         page_bytes=layout.page_bytes,
-        partition=layout.partition,
         k=_coding_spec(layout, "k", layout.format.k),
         v=_coding_spec(layout, "v", layout.format.v),
     )
@@ -91,7 +85,6 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         known = layout.fields.get(f"{name}_{field}")
         return known.offset_bytes if known else 0
 
-    sums = layout.fields.get(f"{name}_sums")
     per_channel = coding.axis == "channel"
     groups = 1 if per_channel or coding.is_raw else coding.num_groups(layout.head_dim)
     return CodingSpec(
@@ -105,7 +98,5 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         codes=offset("codes"),
         scales=offset("scales"),
         mins=offset("mins"),
-        sums=offset("sums"),
         extra=offset("extra"),
-        sums_are_bytes=sums is not None and sums.dtype.itemsize == 1,
     )

@@ -11,7 +11,8 @@ import torch
 
 from sgl_kvq.attention import cpu as torch_backend
 from sgl_kvq.attention import gpu as gpu_backend
-from sgl_kvq.formats.calibration import Chosen, KvqBits, default_basis, save_bases
+from sgl_kvq.formats.base import LayerBits
+from sgl_kvq.formats.calibration import BitAllocation, default_basis, save_bases
 from tests.kernels.triton.test_extend_kernel import TorchAttention
 from tests.support.compare import logprob_differences
 from tests.support.model_folders import make_model
@@ -26,7 +27,7 @@ BUDGET = 0.5  # logprobs: bfloat16 is rounded elsewhere, by the interpreter trun
     [
         ("hack2", "exact", "bf16", None),
         ("kvq2", "quantized", "hack2", None),
-        ("kvq2", "quantized", "hack2", [KvqBits(2, 4, 2), KvqBits(4, 5, 4)]),
+        ("kvq2", "quantized", "hack2", [LayerBits(2, 4, 2), LayerBits(4, 5, 4)]),
         pytest.param("saw4", "quantized", "hack2", None, marks=pytest.mark.long),
     ],
     ids=["hack2", "kvq2", "kvq2-by-layer", "saw4"],
@@ -35,7 +36,7 @@ def test_it_serves_what_the_pytorch_backend_does(
     name: str,
     prefill: str,
     other: str,
-    chosen: list[KvqBits] | None,
+    chosen: list[LayerBits] | None,
     device: str,
     model_path: str,
     text_ids: list[int],
@@ -49,7 +50,7 @@ def test_it_serves_what_the_pytorch_backend_does(
     make_model(tmp_path, model_path, "llama", torch.bfloat16)
     file = tmp_path / "kvq.safetensors" if chosen else None
     if file is not None and chosen is not None:
-        save_bases(file, [default_basis(64, 2)] * 2, {}, Chosen(name, chosen))
+        save_bases(file, [default_basis(64, 2)] * 2, {}, BitAllocation(name, chosen))
     prompts = [text_ids[i * 300 : i * 300 + n] for i, n in enumerate(LENGTHS)]
 
     def serve(kv_format: str) -> list[Any]:
