@@ -43,7 +43,7 @@ def serve(
         dtype="float32",
         **more,
     )
-    harness.scheduler.tp_worker.model_runner.attn_backend.arithmetic = arithmetic
+    harness.scheduler.tp_worker.model_runner.attn_backend.engine.arithmetic = arithmetic
     (result,) = harness.generate([prompt], decoded, input_logprobs=True)
     return result, prompt + result.output_ids
 
