@@ -20,6 +20,7 @@ from tabulate import tabulate
 from benchmarks.kernels.decode import make_cache
 from benchmarks.kernels.harness import time_interleaved, write_results
 from sgl_kvq.attention.plan.extend import plan_extend
+from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
 from sgl_kvq.attention.plan.upload import upload_extend
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
@@ -47,11 +48,13 @@ def ours(
     tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")
     slot_of = torch.zeros(num_pages + 1, dtype=torch.int64, device="cuda")
     slot_of[own[0]] = 1
-    plan = plan_extend([prefix], [fresh], quantized, max_pages)
+    plan = plan_extend([prefix], [fresh], quantized)
+    passes = plan_passes(plan.requests, max_pages)
     batch = upload_extend(
         plan,
-        tokens.flatten().int()[None],
+        [one_pass.fills for one_pass in passes],
         torch.zeros(1, dtype=torch.int64, device="cuda"),
+        tokens.flatten().int()[None],
         SlotMaps(torch.zeros_like(slot_of), slot_of),
     )
     heads = (NUM_KV_HEADS * GQA, NUM_KV_HEADS, NUM_KV_HEADS)
@@ -61,15 +64,15 @@ def ours(
     attention = FlashInferAttention(
         *heads[:2], HEAD_DIM, layout.row_dtype, HEAD_DIM**-0.5, "cuda", backend
     )
-    attention.plan(plan.passes)
-    workspace = ExtendWorkspace(layout, plan.scratch_pages, "cuda")
+    attention.plan(passes)
+    workspace = ExtendWorkspace(layout, scratch_pages_of(passes), "cuda")
     count = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def attend(copy: int) -> None:
         cache = caches[copy]
         prior_rows = batch.prior_rows(cache)
         extend(
-            q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows,
+            q, k, v, cache, layout, passes, batch.fills, batch.touched, prior_rows,
             attention, workspace,
         )  # fmt: skip
 

@@ -1,78 +1,114 @@
-"""The attention backend on a CPU: the PyTorch reference kernels."""
+"""The engine on a CPU: PyTorch operations."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from sgl_kvq.attention.cpu_threads import SMALL_STEP, one_thread_if
-from sgl_kvq.attention.plan.cpu import (
-    DecodeMetadata,
-    ExtendMetadata,
-    decode_metadata,
-    extend_metadata,
+from sgl_kvq.attention.layer import LayerSpec
+from sgl_kvq.attention.plan.extend import closed_fill, plan_extend
+from sgl_kvq.attention.plan.upload import ExtendBatch, upload_extend
+from sgl_kvq.attention.step import StepInput, StepMode, step_slots
+from sgl_kvq.formats.calibration import change_basis
+from sgl_kvq.kernels.append.cpu import (
+    DecodeAppend,
+    ExtendAppend,
+    append_decode,
+    append_extend,
+    plan_append_decode,
+    plan_append_extend,
 )
-from sgl_kvq.host.attention import KvqAttnBackend
-from sgl_kvq.kernels.append.cpu import append_decode, append_extend
-from sgl_kvq.kernels.decode.cpu import decode
+from sgl_kvq.kernels.decode.cpu import DecodePlan, decode, plan_decode
+from sgl_kvq.kernels.extend.passes import ExtendRequest
 from sgl_kvq.kernels.extend.reference import extend
+from sgl_kvq.kernels.page_table.reference import page_table
+from sgl_kvq.memory_pool.store import PagedStore
 
 
-class TorchAttnBackend(KvqAttnBackend):
-    """Attention with the reference kernels; see `KvqAttnBackend`."""
+class CpuEngine:
+    """An `AttentionEngine` in plain PyTorch.
 
-    def __init__(self, runner: Any) -> None:
-        super().__init__(runner)
-        self.forward_metadata: DecodeMetadata | ExtendMetadata | None = None
+    Args:
+        store: Memory of the pages, in main memory.
+        layers: Attention layers of this rank, in the order in which the model calls them.
+        req_to_token: int32 [requests, context], token slots by position.
+        quantized_prefill: Queries of an extend step read all closed pages in codes.
+    """
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Make the index tensors of a forward; see `AttentionBackend`."""
-        self.refuse_mode(forward_batch)
-        mode = forward_batch.forward_mode
-        if mode.is_idle():
-            self.forward_metadata = None
-        elif mode.is_decode():
-            self.forward_metadata = decode_metadata(forward_batch, self.req_to_token, self.pool)
-        else:
-            self.forward_metadata = extend_metadata(
-                forward_batch, self.req_to_token, self.pool, self.config.quantized_prefill
+    def __init__(
+        self,
+        store: PagedStore,
+        layers: list[LayerSpec],
+        req_to_token: torch.Tensor,
+        quantized_prefill: bool,
+    ) -> None:
+        self._store = store
+        self._req_to_token = req_to_token
+        self._quantized_prefill = quantized_prefill
+        self._slots = step_slots(store)
+        self._decode: tuple[DecodeAppend, DecodePlan] | None = None
+        self._extend: tuple[ExtendAppend, list[ExtendRequest], ExtendBatch] | None = None
+
+    def reserve(self, max_batch: int) -> None:
+        """Nothing to do: every step allocates its own tensors."""
+
+    def plan(self, step: StepInput) -> None:
+        """Look up pages and rows of a step; see `AttentionEngine`."""
+        if step.mode is StepMode.DECODE:
+            table = page_table(
+                step.seq_lens, step.req_pool_indices, self._req_to_token, self._slots
             )
+            self._decode = (
+                plan_append_decode(table),
+                plan_decode(table, self._store.plan.sink_tokens),
+            )
+        elif step.mode is StepMode.EXTEND:
+            plan = plan_extend(step.prefix_lens, step.extend_lens, self._quantized_prefill)
+            closed = [closed_fill(request, 0, request.num_closed, 0) for request in plan.requests]
+            batch = upload_extend(
+                plan, closed, step.req_pool_indices, self._req_to_token, self._slots
+            )
+            append = plan_append_extend(batch.touched, batch.resumed_slots)
+            self._extend = (append, plan.requests, batch)
 
-    def attend_decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec
     ) -> torch.Tensor:
-        """See `KvqAttnBackend`."""
-        metadata = self.forward_metadata
-        assert isinstance(metadata, DecodeMetadata)
-        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
-        size = len(metadata.plan.pages) * layout.num_kv_heads * layout.head_dim
+        """Append one row a request and attend; see `AttentionEngine`."""
+        assert self._decode is not None
+        append, plan = self._decode
+        q, k, v = _enter_basis(q, k, v, layer)
+        cache, layout = self._store.layer(layer.layer_id), layer.layout
+        size = len(plan.pages) * layout.num_kv_heads * layout.head_dim
         with one_thread_if(size <= SMALL_STEP):
-            self.pool.num_contained += append_decode(cache, layout, k, v, metadata.append)
-            out, _ = decode(q, cache, metadata.plan, layout, layer.scaling)
-        return out
+            self._store.num_contained += append_decode(cache, layout, k, v, append)
+            out, _ = decode(q, cache, plan, layout, layer.sm_scale)
+        return _leave_basis(out, layer)
 
-    def attend_extend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec
     ) -> torch.Tensor:
-        """See `KvqAttnBackend`."""
-        metadata = self.forward_metadata
-        assert isinstance(metadata, ExtendMetadata)
-        cache, layout = self.pool.layer(layer.layer_id), self.pool.layout_of(layer.layer_id)
-        rows, num_contained = append_extend(cache, layout, k, v, metadata.append)
-        self.pool.num_contained += num_contained
-        out = extend(
-            q,
-            cache.pages,
-            rows,
-            cache.sink_rows,
-            metadata.requests,
-            layout,
-            layer.scaling,
-            self.config.quantized_prefill,
-        )
-        return out
+        """Append fresh rows and attend; see `AttentionEngine`."""
+        assert self._extend is not None
+        append, requests, batch = self._extend
+        q, k, v = _enter_basis(q, k, v, layer)
+        cache, layout = self._store.layer(layer.layer_id), layer.layout
+        rows, num_contained = append_extend(cache, layout, k, v, append)
+        self._store.num_contained += num_contained
+        out = extend(q, cache, layout, requests, batch.fills, rows, layer.sm_scale)
+        return _leave_basis(out, layer)
 
-    def support_triton(self) -> bool:
-        """Triton does not run on a CPU."""
-        return False
+
+def _enter_basis(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take q, k, v [tokens, heads, head_dim] to the basis of the pages."""
+    basis = layer.basis
+    if basis is None:
+        return q, k, v
+    return change_basis(q, basis.q), change_basis(k, basis.k), change_basis(v, basis.v)
+
+
+def _leave_basis(out: torch.Tensor, layer: LayerSpec) -> torch.Tensor:
+    """Take outputs [tokens, heads, head_dim] back to the model's basis."""
+    return out if layer.basis is None else change_basis(out, layer.basis.out)

@@ -59,13 +59,9 @@ def check_hooks() -> None:
 
 
 def _create_backend(runner: Any) -> Any:
-    if str(runner.token_to_kv_pool.device).startswith("cuda"):
-        from sgl_kvq.attention.gpu import GpuAttnBackend
+    from sgl_kvq.host.attention import KvqAttnBackend
 
-        return GpuAttnBackend(runner)
-    from sgl_kvq.attention.cpu import TorchAttnBackend
-
-    return TorchAttnBackend(runner)
+    return KvqAttnBackend(runner)
 
 
 def _resolve_pool_size(

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from sgl_kvq.attention.layer import HeadBasis
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.calibration import Calibration, LayerBasis, load_calibration
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.names import get_parallel
-
-
-@dataclass(frozen=True)
-class RankBasis:
-    """Of one layer; each float32 [num_kv_heads, head_dim, head_dim], see `LayerBasis`."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
 
 
 def model_calibration(config: KVQuantConfig, model_config: Any) -> Calibration:
@@ -55,7 +43,7 @@ def model_bases(config: KVQuantConfig, model_config: Any) -> list[LayerBasis]:
     return list(model_calibration(config, model_config).bases)
 
 
-def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[RankBasis]:
+def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[HeadBasis]:
     """Bases of this rank's layers, none if the format stores heads as they are.
 
     Args:
@@ -73,7 +61,7 @@ def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[R
     start = parallel.attn_tp_rank * total // parallel.attn_tp_size
     held = [basis.heads(start, start + layout.num_kv_heads) for basis in bases]
     return [
-        RankBasis(
+        HeadBasis(
             *(
                 matrices.contiguous().to(device)
                 for matrices in (basis.q, basis.k, basis.v, basis.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.decode import cpu as decode_cpu
 from sgl_kvq.kernels.extend import reference as extend_reference
+from sgl_kvq.memory_pool.storage import PagedCache
 
 
 def test_the_screen_of_a_machine_that_works(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +68,8 @@ def test_an_extend_that_reads_the_wrong_pages_fails(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     original = extend_reference.extend
 
-    def shifted(q: torch.Tensor, pages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return original(q, pages.roll(1, 0), *args, **kwargs)
+    def shifted(q: torch.Tensor, cache: PagedCache, *args: Any) -> torch.Tensor:
+        return original(q, replace(cache, pages=cache.pages.roll(1, 0)), *args)
 
     monkeypatch.setattr(extend_reference, "extend", shifted)
     assert main(["check", "--formats", "hack4", "--head-dim", "64"]) == 1

@@ -47,7 +47,7 @@ def test_life_of_a_request() -> None:
         slots += loc.tolist()
         # The step that writes a page's 64th token still finds its rows, but no longer owns them.
         assert used(pool) == (0 if seq_len % PAGE_SIZE == 0 else 1, 1)
-        assert int(pool.store.open_slots.slot_of[loc // PAGE_SIZE]) > 0
+        assert int(pool.store.open_slots.step_view()[loc // PAGE_SIZE]) > 0
     assert [s % PAGE_SIZE for s in slots] == [i % PAGE_SIZE for i in range(199)]
     allocator.free(torch.tensor(slots))
     assert used(pool) == (0, 0)
@@ -64,7 +64,7 @@ def test_resumed_page_moves_or_gives_up_its_slot() -> None:
     pool, allocator = make()
     first = extend(allocator, [0], [70], [-1])
     assert first is not None
-    slot = int(pool.store.open_slots.slot_of[first[-1] // PAGE_SIZE])
+    slot = int(pool.store.open_slots.step_view()[first[-1] // PAGE_SIZE])
     more = extend(allocator, [70], [200], [int(first[-1])])
     assert more is not None
     assert int(pool.store.open_slots.held_slot(more[-1:] // PAGE_SIZE)) == slot
@@ -149,12 +149,12 @@ def test_move_kv_cache() -> None:
     fill(pool)
     rows = [pool.store.layer(i).open_rows.clone() for i in range(2)]
     pool.move_kv_cache(b[64:70], a[70:76])
-    slot_a, slot_b = (int(pool.store.open_slots.slot_of[x[-1] // PAGE_SIZE]) for x in (a, b))
+    slot_a, slot_b = (int(pool.store.open_slots.step_view()[x[-1] // PAGE_SIZE]) for x in (a, b))
     for i in range(2):
         assert torch.equal(pool.store.layer(i).open_rows[slot_b, :, 0:6], rows[i][slot_a, :, 6:12])
     page_a, page_b = int(a[0]) // PAGE_SIZE, int(b[0]) // PAGE_SIZE
     pool.move_kv_cache(b[:64], a[:64])
-    sink_a, sink_b = (int(pool.store.sink_slots.slot_of[p]) for p in (page_a, page_b))
+    sink_a, sink_b = (int(pool.store.sink_slots.step_view()[p]) for p in (page_a, page_b))
     for i in range(2):
         layer = pool.store.layer(i)
         assert torch.equal(layer.pages[page_b], layer.pages[page_a])

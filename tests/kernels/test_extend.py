@@ -3,14 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sgl_kvq.attention.plan.extend import closed_fill, plan_extend
+from sgl_kvq.attention.plan.upload import upload_extend
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
-from sgl_kvq.kernels.append.cpu import ClosingPages, ExtendAppend, append_extend
+from sgl_kvq.kernels.append.cpu import append_extend, plan_append_extend
 from sgl_kvq.kernels.decode.reference import attend
-from sgl_kvq.kernels.extend.reference import ExtendRequest, closed_pages_read, extend
-from sgl_kvq.memory_pool.storage import PagedCache
+from sgl_kvq.kernels.extend.passes import ExtendPlan
+from sgl_kvq.kernels.extend.reference import extend
+from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from tests.support.attention import random_rows, relative_error
 
 HEADS, GROUP, HEAD_DIM, SINKS = 2, 3, 64, 4
@@ -25,28 +28,29 @@ def poisoned_cache(layout: PageLayout, num_pages: int) -> PagedCache:
     )
 
 
-def append_plan(prefix_len: int, seq_len: int, pages: torch.Tensor, slot: int) -> ExtendAppend:
-    first = prefix_len // PAGE_SIZE
-    count = -(-seq_len // PAGE_SIZE) - first
-    closing = list(range(seq_len // PAGE_SIZE - first))
-    kept = [count - 1] if seq_len % PAGE_SIZE else []
-    position = torch.arange(prefix_len, seq_len) - first * PAGE_SIZE
-    has_first = [0] if first == 0 and closing else []
-    return ExtendAppend(
-        num_touched=count,
-        touched=position // PAGE_SIZE,
-        offsets=position % PAGE_SIZE,
-        resumed=torch.tensor([0] if prefix_len % PAGE_SIZE else [], dtype=torch.int64),
-        resumed_slots=torch.tensor([slot] if prefix_len % PAGE_SIZE else [], dtype=torch.int64),
-        kept_open=torch.tensor(kept, dtype=torch.int64),
-        kept_slots=torch.tensor([slot] * len(kept), dtype=torch.int64),
-        closing=ClosingPages(
-            rows=torch.tensor(closing, dtype=torch.int64),
-            pages=pages[first : first + len(closing)],
-            first=torch.tensor(has_first, dtype=torch.int64),
-            sink_slots=torch.tensor([slot] * len(has_first), dtype=torch.int64),
-        ),
-    )
+def step(
+    plan: ExtendPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: PagedCache,
+    layout: PageLayout,
+    pages: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append and attend; request i has its 16-bit rows in slot i + 1. Returns out, touched rows."""
+    req_to_token = torch.zeros((len(pages), 1024), dtype=torch.int32)
+    slot_of = torch.zeros(len(cache.pages), dtype=torch.int64)
+    for row, own in enumerate(pages):
+        tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        req_to_token[row, : tokens.numel()] = tokens.flatten()
+        slot_of[own] = row + 1
+    closed = [closed_fill(request, 0, request.num_closed, 0) for request in plan.requests]
+    slots = SlotMaps(slot_of, slot_of)
+    batch = upload_extend(plan, closed, torch.arange(len(pages)), req_to_token, slots)
+    append = plan_append_extend(batch.touched, batch.resumed_slots)
+    rows, contained = append_extend(cache, layout, k, v, append)
+    assert int(contained) == 0
+    return extend(q, cache, layout, plan.requests, batch.fills, rows, 0.125), rows
 
 
 @pytest.mark.parametrize("quantized_prefill", [False, True])
@@ -67,21 +71,8 @@ def test_chunks_against_fp64(name: str, chunks: list[int], quantized_prefill: bo
     for chunk in chunks:
         seq_len = prefix_len + chunk
         fresh = slice(prefix_len, seq_len)
-        plan = append_plan(prefix_len, seq_len, pages, slot=2)
-        rows, contained = append_extend(cache, layout, k[fresh], v[fresh], plan)
-        assert int(contained) == 0
-        read = pages[: closed_pages_read(prefix_len, seq_len, quantized_prefill)]
-        request = ExtendRequest(prefix_len, seq_len, 0, read, 0, sink_slot=2)
-        out[fresh] = extend(
-            q[fresh],
-            cache.pages,
-            rows,
-            cache.sink_rows,
-            [request],
-            layout,
-            0.125,
-            quantized_prefill,
-        )
+        plan = plan_extend([prefix_len], [chunk], quantized_prefill)
+        out[fresh], _ = step(plan, q[fresh], k[fresh], v[fresh], cache, layout, [pages])
         prefix_lens += [prefix_len] * chunk
         prefix_len = seq_len
 
@@ -109,13 +100,10 @@ def test_two_requests_do_not_see_each_other() -> None:
     cache = poisoned_cache(layout, 10)
     k, v = (random_rows((90, HEADS, HEAD_DIM), generator) for _ in range(2))
     q = torch.randn(90, HEADS * GROUP, HEAD_DIM, generator=generator)
-    shape = (3, 2, PAGE_SIZE, HEADS, HEAD_DIM)
-    rows = torch.full(shape, torch.nan, dtype=torch.bfloat16)
-    rows[0, 0, :30], rows[0, 1, :30] = k[:30], v[:30]
-    rows[1, 0, :60], rows[1, 1, :60] = k[30:], v[30:]
-    none = torch.empty(0, dtype=torch.int64)
-    requests = [ExtendRequest(0, 30, 0, none, 0, 0), ExtendRequest(0, 60, 30, none, 1, 0)]
-    out = extend(q, cache.pages, rows, cache.sink_rows, requests, layout, 0.125, False)
+    pages = [torch.tensor([7]), torch.tensor([2])]
+    out, rows = step(plan_extend([0, 0], [30, 60], False), q, k, v, cache, layout, pages)
+    assert torch.equal(rows[0, 0, :30], k[:30])
+    assert torch.equal(rows[1, 1, :60], v[30:])
     for start, end in ((0, 30), (30, 90)):
         for i in range(start, end):
             seen = slice(start, i + 1)

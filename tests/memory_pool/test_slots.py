@@ -35,7 +35,7 @@ def test_against_a_dictionary(operations: list[tuple[str, list[int]]]) -> None:
                     table.acquire(torch.tensor(new))
                 continue
             table.acquire(torch.tensor(new, dtype=torch.int64))
-            held |= {page: int(table.slot_of[page]) for page in new}
+            held |= {page: int(table.step_view()[page]) for page in new}
         elif name == "release":
             table.release(torch.tensor(pages))
             held = {page: slot for page, slot in held.items() if page not in pages}
@@ -57,12 +57,12 @@ def test_rows_of_a_released_slot_are_still_found() -> None:
     """Work already queued on the device reads a closed page's slot after it was given up."""
     table = SlotTable("test", NUM_SLOTS, NUM_PAGES, "cpu")
     table.acquire(torch.tensor([3]))
-    slot = int(table.slot_of[3])
+    slot = int(table.step_view()[3])
     table.release(torch.tensor([3]))
-    assert int(table.slot_of[3]) == slot
+    assert int(table.step_view()[3]) == slot
     table.acquire(torch.tensor([5]))
     table.release(torch.tensor([3]))  # a stale entry takes nothing from the new owner
-    assert table.held_slot(torch.tensor([5])).item() == table.slot_of[5]
+    assert table.held_slot(torch.tensor([5])).item() == table.step_view()[5]
     assert table.num_used() == 1
 
 

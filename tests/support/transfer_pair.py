@@ -242,12 +242,12 @@ def assert_equal(
             other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),
         )
         if num_rows:
-            a = mine.open_rows[source.pool.open_slots.slot_of[sent[-1]], :, :num_rows, ours]
-            b = other.open_rows[target.pool.open_slots.slot_of[got[-1]], :, :num_rows, theirs]
+            a = mine.open_rows[source.pool.open_slots.step_view()[sent[-1]], :, :num_rows, ours]
+            b = other.open_rows[target.pool.open_slots.step_view()[got[-1]], :, :num_rows, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
-            a = mine.sink_rows[source.pool.sink_slots.slot_of[sent[0]], :, :, ours]
-            b = other.sink_rows[target.pool.sink_slots.slot_of[got[0]], :, :, theirs]
+            a = mine.sink_rows[source.pool.sink_slots.step_view()[sent[0]], :, :, ours]
+            b = other.sink_rows[target.pool.sink_slots.step_view()[got[0]], :, :, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 

@@ -1,104 +1,48 @@
-"""Cut an extend batch into attention passes over a bounded scratch buffer (pure arithmetic).
-
-Keys of a batch are laid out in the scratch buffer page by page: closed pages from their codes,
-pages this step writes to from their 16-bit rows. Requests share a pass while they fit; a prefix
-larger than the buffer is attended to in several passes, whose results are merged by LSE.
-"""
+"""Work out which pages an extend batch writes and reads (pure arithmetic)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.extend.passes import (
-    AttentionPass,
     ExtendPlan,
+    ExtendRequest,
     FillPlan,
     IntArray,
     TouchedPlan,
 )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One request; pages count from the start of its sequence."""
-
-    index: int
-    prefix_len: int
-    seq_len: int
-    q_start: int
-    touched_start: int
-    quantized: bool
-
-    @property
-    def first_touched(self) -> int:
-        return self.prefix_len // PAGE_SIZE
-
-    @property
-    def last_page(self) -> int:
-        return (self.seq_len - 1) // PAGE_SIZE
-
-    @property
-    def num_touched(self) -> int:
-        return self.last_page - self.first_touched + 1
-
-    @property
-    def num_closed(self) -> int:
-        """Pages read in codes: those before it; in quantized mode all but the last one."""
-        return self.last_page if self.quantized else self.first_touched
-
-    @property
-    def final_pages(self) -> int:
-        """Pages that must share one pass with the queries' own pages: its mask cannot be cut."""
-        return self.num_closed - self.first_touched + self.num_touched
-
-    @property
-    def q_end(self) -> int:
-        return self.q_start + self.seq_len - self.prefix_len
-
-    def rows_until(self, page: int) -> int:
-        """Fresh tokens before a page."""
-        end = min(max(page * PAGE_SIZE, self.prefix_len), self.seq_len)
-        return end - self.prefix_len
-
-
 def plan_extend(
-    prefix_lens: list[int],
-    extend_lens: list[int],
-    quantized_prefill: bool,
-    max_pages: int,
+    prefix_lens: list[int], extend_lens: list[int], quantized_prefill: bool
 ) -> ExtendPlan:
     """Plan a batch.
 
     Args:
         prefix_lens: Cached tokens of each request.
         extend_lens: Fresh tokens of each request, at least 1.
-        quantized_prefill: A query reads every closed page in codes, also one that closes in this
-            step; otherwise only those closed before it.
-        max_pages: Pages of the scratch buffer; a request whose causal part alone needs more gets
-            a larger pass (`ExtendPlan.scratch_pages` says how large).
+        quantized_prefill: See `ExtendRequest.quantized`.
     """
     requests = []
     q_start = touched_start = 0
     for index, (prefix_len, extend_len) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
         seq_len = prefix_len + extend_len
-        request = _Request(index, prefix_len, seq_len, q_start, touched_start, quantized_prefill)
+        request = ExtendRequest(
+            index, prefix_len, seq_len, q_start, touched_start, quantized_prefill
+        )
         requests.append(request)
         q_start += extend_len
         touched_start += request.num_touched
     resumed = [request for request in requests if request.prefix_len % PAGE_SIZE]
-    passes = _plan_passes(requests, max_pages)
     return ExtendPlan(
+        requests=requests,
         touched=_touched(requests, {request.index: n for n, request in enumerate(resumed)}),
-        resumed_requests=np.array([request.index for request in resumed], np.int32),
-        passes=passes,
-        scratch_pages=max(len(step.fills.page) for step in passes),
+        resumed=np.array([request.touched_start for request in resumed], np.int32),
     )
 
 
-def _touched(requests: list[_Request], resumed: dict[int, int]) -> TouchedPlan:
+def _touched(requests: list[ExtendRequest], resumed: dict[int, int]) -> TouchedPlan:
     parts = []
     for request in requests:
         page = np.arange(request.first_touched, request.last_page + 1, dtype=np.int32)
@@ -111,181 +55,19 @@ def _touched(requests: list[_Request], resumed: dict[int, int]) -> TouchedPlan:
     return TouchedPlan(*columns)
 
 
-def _plan_passes(requests: list[_Request], max_pages: int) -> list[AttentionPass]:
-    """Requests share passes while they fit; of one that does not the prefix is cut.
-
-    Exact mode attends to prefix and fresh rows in one causal pass. Quantized mode takes the prefix,
-    which all fresh tokens see, in a pass of its own: contiguous keys are faster than pages.
-    """
-    passes: list[AttentionPass] = []
-    group: list[_Request] = []
-    for request in requests:
-        if group and not _fit([*group, request], max_pages):
-            passes += _group_passes(group)
-            group = []
-        if _fit([request], max(max_pages, request.final_pages)):
-            group.append(request)
-        else:
-            passes += _long_passes(request, max_pages)
-    return passes + _group_passes(group)
+def closed_fill(request: ExtendRequest, begin: int, end: int, target: int) -> FillPlan:
+    """Codes of the closed pages from `begin` to `end`, in one piece from token `target` on."""
+    return page_fill(request, np.arange(begin, end, dtype=np.int32), target)
 
 
-def _fit(group: list[_Request], max_pages: int) -> bool:
-    prefix = sum(request.first_touched for request in group)
-    final = sum(request.final_pages for request in group)
-    if group[0].quantized:
-        return max(prefix, final) <= max_pages
-    return prefix + final <= max_pages
-
-
-def _group_passes(group: list[_Request]) -> list[AttentionPass]:
-    """All passes of requests that fit together."""
-    if not group:
-        return []
-    if not group[0].quantized:
-        return [_causal_pass(group, 0)]
-    longest = max(request.first_touched for request in group)
-    leading = [_leading_pass(group, 0, longest)] if longest else []
-    return [*leading, *_quantized_passes(group, merges=bool(leading))]
-
-
-def _long_passes(request: _Request, max_pages: int) -> list[AttentionPass]:
-    """All passes of one request whose prefix does not fit."""
-    room = max(max_pages, request.final_pages)
-    num_leading = request.first_touched
-    if not request.quantized:
-        num_leading -= room - request.final_pages
-    passes = [
-        _leading_pass([request], begin, min(begin + room, num_leading))
-        for begin in range(0, num_leading, room)
-    ]
-    if request.quantized:
-        return [*passes, *_quantized_passes([request], merges=True)]
-    return [*passes, _causal_pass([request], num_leading)]
-
-
-def _leading_pass(group: list[_Request], begin: int, end: int) -> AttentionPass:
-    """All queries of a group against the closed pages before them, `begin` to `end` at most."""
-    fills: list[FillPlan] = []
-    kv_lens: list[int] = []
-    for request in group:
-        last = min(end, request.first_touched)
-        fills.append(_closed_fill(request, begin, last, sum(kv_lens)))
-        kv_lens.append((last - begin) * PAGE_SIZE)
-    return _ragged_pass(group, fills, kv_lens, causal=False, merges=begin > 0)
-
-
-def _causal_pass(group: list[_Request], begin: int) -> AttentionPass:
-    """Exact prefill: closed pages from `begin` on, then the pages this step touches."""
-    fills: list[FillPlan] = []
-    kv_lens: list[int] = []
-    for request in group:
-        target = sum(kv_lens)
-        fills.append(_closed_fill(request, begin, request.num_closed, target))
-        fills.append(_touched_fill(request, target + (request.num_closed - begin) * PAGE_SIZE))
-        kv_lens.append(request.seq_len - begin * PAGE_SIZE)
-    return _ragged_pass(group, fills, kv_lens, causal=True, merges=begin > 0)
-
-
-def _ragged_pass(
-    group: list[_Request], fills: list[FillPlan], kv_lens: list[int], causal: bool, merges: bool
-) -> AttentionPass:
-    return AttentionPass(
-        fills=_fills(fills),
-        q_begin=group[0].q_start,
-        q_end=group[-1].q_end,
-        qo_indptr=_indptr([request.q_end - request.q_start for request in group]),
-        kv_indptr=_indptr(kv_lens),
-        kv_indices=None,
-        kv_last_page_len=None,
-        causal=causal,
-        merges=merges,
-    )
-
-
-def _quantized_passes(group: list[_Request], merges: bool) -> list[AttentionPass]:
-    """Quantized prefill of the pages this step touches, each seen in codes by those after it.
-
-    Two pages of queries, a whole tile of FlashInfer's fa3, share the codes of the pages before
-    both. What is left for a page is its own rows and, if it is the second one, the first's codes.
-    """
-    if all(request.num_closed - request.first_touched < 2 for request in group):
-        return [_own_pass(group, merges)]
-    return [_pairs_pass(group, merges), _own_pass(group, merges=True)]
-
-
-def _pairs_pass(group: list[_Request], merges: bool) -> AttentionPass:
-    """Queries of two pages a sequence, against the codes of the touched pages before both."""
-    fills: list[FillPlan] = []
-    qo_lens, kv_pages = [], []
-    next_page = 0
-    for request in group:
-        first = request.first_touched
-        num_pages = (request.num_closed - first) // 2 * 2
-        fills.append(_closed_fill(request, first, first + num_pages, next_page * PAGE_SIZE))
-        pages = next_page + np.arange(num_pages, dtype=np.int32)
-        for page in range(first, request.last_page + 1, 2):
-            qo_lens.append(request.rows_until(page + 2) - request.rows_until(page))
-            kv_pages.append(pages[: page - first])
-        next_page += num_pages
-    last_lens = [PAGE_SIZE if len(pages) else 0 for pages in kv_pages]
-    return _paged_pass(group, fills, qo_lens, kv_pages, last_lens, causal=False, merges=merges)
-
-
-def _own_pass(group: list[_Request], merges: bool) -> AttentionPass:
-    """Queries of one page a sequence: the codes of the first of its pair, its own 16-bit rows."""
-    fills: list[FillPlan] = []
-    qo_lens, kv_pages, last_lens = [], [], []
-    next_page = 0
-    for request in group:
-        first = request.first_touched
-        codes = np.arange(first, request.num_closed, 2, dtype=np.int32)
-        own = next_page + len(codes)
-        fills.append(_page_fill(request, codes, next_page * PAGE_SIZE))
-        fills.append(_touched_fill(request, own * PAGE_SIZE))
-        for n in range(request.num_touched):
-            page = first + n
-            qo_lens.append(request.rows_until(page + 1) - request.rows_until(page))
-            before = [next_page + n // 2] if n % 2 else []
-            kv_pages.append(np.array([*before, own + n], np.int32))
-            last_lens.append(min(request.seq_len - page * PAGE_SIZE, PAGE_SIZE))
-        next_page = own + request.num_touched
-    return _paged_pass(group, fills, qo_lens, kv_pages, last_lens, causal=True, merges=merges)
-
-
-def _paged_pass(
-    group: list[_Request],
-    fills: list[FillPlan],
-    qo_lens: list[int],
-    kv_pages: list[IntArray],
-    last_lens: list[int],
-    causal: bool,
-    merges: bool,
-) -> AttentionPass:
-    """Sequences that share pages of the scratch buffer."""
-    return AttentionPass(
-        fills=_fills(fills),
-        q_begin=group[0].q_start,
-        q_end=group[-1].q_end,
-        qo_indptr=_indptr(qo_lens),
-        kv_indptr=_indptr([len(pages) for pages in kv_pages]),
-        kv_indices=np.concatenate(kv_pages),
-        kv_last_page_len=np.array(last_lens, np.int32),
-        causal=causal,
-        merges=merges,
-    )
-
-
-def _closed_fill(request: _Request, begin: int, end: int, target: int) -> FillPlan:
-    return _page_fill(request, np.arange(begin, end, dtype=np.int32), target)
-
-
-def _page_fill(request: _Request, page: IntArray, target: int) -> FillPlan:
+def page_fill(request: ExtendRequest, page: IntArray, target: int) -> FillPlan:
+    """Codes of some closed pages, in one piece from token `target` on."""
     places = target + np.arange(len(page), dtype=np.int32) * PAGE_SIZE
     return FillPlan(np.full_like(page, request.index), page, np.full_like(page, -1), places)
 
 
-def _touched_fill(request: _Request, target: int) -> FillPlan:
+def touched_fill(request: ExtendRequest, target: int) -> FillPlan:
+    """16-bit rows of the pages that the request touches, in one piece from token `target` on."""
     count = np.arange(request.num_touched, dtype=np.int32)
     return FillPlan(
         np.full_like(count, request.index),
@@ -293,14 +75,3 @@ def _touched_fill(request: _Request, target: int) -> FillPlan:
         request.touched_start + count,
         target + count * PAGE_SIZE,
     )
-
-
-def _fills(parts: list[FillPlan]) -> FillPlan:
-    def join(name: str) -> IntArray:
-        return np.concatenate([getattr(part, name) for part in parts]).astype(np.int32)
-
-    return FillPlan(join("request"), join("page"), join("touched"), join("target"))
-
-
-def _indptr(lens: list[int]) -> IntArray:
-    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Index tensors of an extend batch on the device, made once a forward without waiting for it."""
+"""Bring a plan to the device: one copy a step, without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ import numpy as np
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.kernels.append.api import TouchedPages
-from sgl_kvq.kernels.extend.api import ScratchFills
-from sgl_kvq.kernels.extend.passes import (
-    AttentionPass,
-    ExtendPlan,
-    FillPlan,
-    IntArray,
-    TouchedPlan,
-)
+from sgl_kvq.kernels.append.touched import TouchedPages
+from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, IntArray, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 
 
@@ -26,13 +19,11 @@ class ExtendBatch:
 
     Args:
         touched: Pages that get rows.
-        passes: Attention passes.
-        fills: Of each pass.
+        fills: Pages that attention reads, an entry for each part of the plan.
         resumed_slots: int32 [m], open slots with the earlier rows of resumed pages.
     """
 
     touched: TouchedPages
-    passes: list[AttentionPass]
     fills: list[ScratchFills]
     resumed_slots: torch.Tensor
 
@@ -47,90 +38,73 @@ class ExtendBatch:
         return torch.index_select(cache.open_rows, 0, self.resumed_slots)
 
 
+def pack(columns: dict[str, IntArray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy int32 arrays to the device at once.
+
+    Returns:
+        By name, int32 views of one tensor.
+    """
+    host = torch.from_numpy(np.concatenate(list(columns.values())))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    sizes = [len(column) for column in columns.values()]
+    return dict(zip(columns, host.to(device, non_blocking=True).split(sizes), strict=True))
+
+
 def upload_extend(
     plan: ExtendPlan,
-    req_to_token: torch.Tensor,
+    fills: list[FillPlan],
     req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
     slots: SlotMaps,
 ) -> ExtendBatch:
     """Look up pages and slots of a plan on the device.
 
     Args:
         plan: The batch.
-        req_to_token: int32 [requests, context], token slots by position.
+        fills: What attention reads, part by part.
         req_pool_indices: int [batch], row of each request.
+        req_to_token: int32 [requests, context], token slots by position.
         slots: Which page has which slot.
     """
-    device = req_to_token.device
-    touched = plan.touched
-    parts: list[TouchedPlan | FillPlan] = [touched, *(step.fills for step in plan.passes)]
-    sizes = [len(part.page) for part in parts]
-    columns = [
-        *(part.request for part in parts),
-        *(part.page for part in parts),
-        *(touched.resumed, touched.first, touched.end, touched.start),
-        *(step.fills.touched for step in plan.passes),
-        *(step.fills.target for step in plan.passes),
-        plan.resumed_requests,
-        _first_touched(plan),
-    ]
-    host = torch.from_numpy(np.concatenate(columns))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    uploaded = host.to(device, non_blocking=True).split([len(column) for column in columns])
-    count = len(parts)
-    request = torch.cat(uploaded[:count]).long()
-    page_index = torch.cat(uploaded[count : 2 * count])
-    rows = req_pool_indices.long()[request]
-    pages = req_to_token[rows, page_index.long() * PAGE_SIZE].int() // PAGE_SIZE
+    touched, resumed = plan.touched, plan.resumed
+    requests = [touched.request, *(fill.request for fill in fills)]
+    indices = [touched.page, *(fill.page for fill in fills)]
+    columns = pack(
+        {
+            "request": np.concatenate(requests),
+            "page": np.concatenate(indices),
+            "prior": touched.resumed,
+            "first": touched.first,
+            "end": touched.end,
+            "start": touched.start,
+            "resumed": resumed,
+            "touched": np.concatenate([resumed[:0], *(fill.touched for fill in fills)]),
+            "target": np.concatenate([resumed[:0], *(fill.target for fill in fills)]),
+        },
+        req_to_token.device,
+    )
+    page_index = columns["page"].long()
+    rows = req_pool_indices.long()[columns["request"].long()]
+    pages = req_to_token[rows, page_index * PAGE_SIZE].int() // PAGE_SIZE
     is_first = (page_index == 0).int()
     sink_slots = slots.sink_slot_of[pages].int() * is_first
-    prior, first, end, start = uploaded[2 * count : 2 * count + 4]
-    fill_columns = uploaded[2 * count + 4 :]
-    num_passes = len(plan.passes)
-    page_parts, sink_parts = pages.split(sizes), sink_slots.split(sizes)
-    fills = [
-        ScratchFills(
-            pages=page_parts[n + 1],
-            sink_slots=sink_parts[n + 1],
-            touched=fill_columns[n],
-            targets=fill_columns[num_passes + n],
-        )
-        for n in range(num_passes)
-    ]
+
+    sizes = [len(fill.page) for fill in fills]
+    count = len(touched.page)
+    open_slots = slots.open_slot_of[pages[:count]].int()
+    parts = (pages[count:], sink_slots[count:], columns["touched"], columns["target"])
     return ExtendBatch(
         touched=TouchedPages(
-            pages=page_parts[0],
-            slots=slots.open_slot_of[page_parts[0]].int(),
-            sink_slots=sink_parts[0],
-            prior=prior,
-            first=first,
-            end=end,
-            start=start,
-            is_first=is_first.split(sizes)[0],
+            pages=pages[:count],
+            slots=open_slots,
+            sink_slots=sink_slots[:count],
+            prior=columns["prior"],
+            first=columns["first"],
+            end=columns["end"],
+            start=columns["start"],
+            is_first=is_first[:count],
         ),
-        passes=plan.passes,
-        fills=fills,
-        resumed_slots=_resumed_slots(
-            fill_columns[-2], fill_columns[-1], req_to_token, req_pool_indices, slots
-        ),
+        fills=[ScratchFills(*part) for part in zip(*(x.split(sizes) for x in parts), strict=True)],
+        resumed_slots=open_slots[columns["resumed"].long()],
     )
-
-
-def _first_touched(plan: ExtendPlan) -> IntArray:
-    """Index of the page that each resumed request goes on with."""
-    touched = plan.touched
-    is_start = np.searchsorted(touched.request, plan.resumed_requests, side="left")
-    return touched.page[is_start]
-
-
-def _resumed_slots(
-    request: torch.Tensor,
-    page_index: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    slots: SlotMaps,
-) -> torch.Tensor:
-    rows = req_pool_indices.long()[request.long()]
-    pages = req_to_token[rows, page_index.long() * PAGE_SIZE].long() // PAGE_SIZE
-    return slots.open_slot_of[pages].int()

@@ -6,9 +6,13 @@ import math
 
 import torch
 
+from sgl_kvq.attention.plan.extend import closed_fill, plan_extend
+from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
+from sgl_kvq.attention.plan.upload import ExtendBatch, upload_extend
 from sgl_kvq.commands.check.samples import GQA_GROUP, SEQ_LENS, Sample
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 
 PREFIX_LENS = (0, 0, 128, 640)
@@ -43,9 +47,12 @@ def extend_error(
         generator=torch.Generator().manual_seed(2),
     ).to(layout.row_dtype)
     device = cache.pages.device
+    q_device = q.to(device)
     k, v = (rows[is_fresh.to(device)] for rows in (sample.k, sample.v))
+    fresh_lens = [n - prefix for n, prefix in zip(SEQ_LENS, PREFIX_LENS, strict=True)]
+    plan = plan_extend(list(PREFIX_LENS), fresh_lens, quantized_prefill=False)
     attend = _by_kernel if use_kernels else _by_pytorch
-    out = attend(q.to(device), k, v, cache, layout, sample).cpu().double()
+    out = attend(q_device, k, v, cache, layout, plan, sample).cpu().double()
     exact = _exact(q.double(), layout, sample, seen)
     return float((out - exact).norm() / exact.norm())
 
@@ -56,50 +63,34 @@ def _by_kernel(
     v: torch.Tensor,
     cache: PagedCache,
     layout: PageLayout,
+    plan: ExtendPlan,
     sample: Sample,
 ) -> torch.Tensor:
-    from sgl_kvq.attention.plan.extend import plan_extend
-    from sgl_kvq.attention.plan.upload import upload_extend
     from sgl_kvq.kernels.append.api import append
     from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
     from sgl_kvq.kernels.extend.configs import prefill_head_dim
     from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 
-    device, sm_scale = q.device, layout.head_dim**-0.5
-    fresh_lens = [n - prefix for n, prefix in zip(SEQ_LENS, PREFIX_LENS, strict=True)]
-    workspace = ExtendWorkspace(layout, len(sample.pages), device)
-    plan = plan_extend(list(PREFIX_LENS), fresh_lens, False, len(sample.pages))
-    workspace.reserve(plan.scratch_pages)
+    device = q.device
+    passes = plan_passes(plan.requests, len(sample.pages))
+    workspace = ExtendWorkspace(layout, scratch_pages_of(passes), device)
     attention = FlashInferAttention(
         q.shape[1],
         layout.num_kv_heads,
         prefill_head_dim(layout.head_dim),
         layout.row_dtype,
-        sm_scale,
+        layout.head_dim**-0.5,
         device,
     )
-    attention.plan(plan.passes)
-    req_to_token, slots = _tables(sample, len(cache.pages), device)
-    rows = torch.arange(1, len(SEQ_LENS) + 1, device=device)
-    batch = upload_extend(plan, req_to_token, rows, slots)
+    attention.plan(passes)
+    batch = _upload(plan, [one_pass.fills for one_pass in passes], cache, sample)
     prior_rows = batch.prior_rows(cache)
     contained = torch.zeros((), dtype=torch.int64, device=device)
     append(cache, layout, k, v, batch.touched, contained, prior_rows)
     return extend(
-        q, k, v, cache, layout, batch.passes, batch.fills, batch.touched, prior_rows,
-        attention, workspace,
+        q, k, v, cache, layout, passes, batch.fills, batch.touched, prior_rows, attention,
+        workspace,
     )[0]  # fmt: skip
-
-
-def _tables(sample: Sample, num_pages: int, device: torch.device) -> tuple[torch.Tensor, SlotMaps]:
-    """SGLang's table of tokens, a row a sequence (row 0 is padding), and the pages' slots."""
-    req_to_token = torch.zeros((len(SEQ_LENS) + 1, max(SEQ_LENS) + PAGE_SIZE), dtype=torch.int32)
-    slot_of = torch.zeros((2, num_pages), dtype=torch.int64)
-    for request, pages in enumerate(sample.pages_of()):
-        tokens = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-        req_to_token[request + 1, : len(tokens)] = tokens
-        slot_of[0, pages[-1]] = slot_of[1, pages[0]] = request + 1
-    return req_to_token.to(device), SlotMaps(*slot_of.to(device))
 
 
 def _by_pytorch(
@@ -108,40 +99,33 @@ def _by_pytorch(
     v: torch.Tensor,
     cache: PagedCache,
     layout: PageLayout,
+    plan: ExtendPlan,
     sample: Sample,
 ) -> torch.Tensor:
-    from sgl_kvq.kernels.extend.reference import ExtendRequest, extend
+    from sgl_kvq.kernels.append.cpu import append_extend, plan_append_extend
+    from sgl_kvq.kernels.extend.reference import extend
 
-    requests: list[ExtendRequest] = []
-    touched: list[torch.Tensor] = []
-    q_start = 0
+    closed = [closed_fill(request, 0, request.num_closed, 0) for request in plan.requests]
+    batch = _upload(plan, closed, cache, sample)
+    append = plan_append_extend(batch.touched, batch.resumed_slots)
+    rows, _ = append_extend(cache, layout, k, v, append)
+    return extend(q, cache, layout, plan.requests, batch.fills, rows, layout.head_dim**-0.5)
+
+
+def _upload(
+    plan: ExtendPlan, fills: list[FillPlan], cache: PagedCache, sample: Sample
+) -> ExtendBatch:
+    """Look the pages up in tables like SGLang's, a row a sequence (row 0 is padding)."""
+    device = cache.pages.device
+    req_to_token = torch.zeros((len(SEQ_LENS) + 1, max(SEQ_LENS) + PAGE_SIZE), dtype=torch.int32)
+    slot_of = torch.zeros((2, len(cache.pages)), dtype=torch.int64)
     for request, pages in enumerate(sample.pages_of()):
-        prefix, seq_len = PREFIX_LENS[request], SEQ_LENS[request]
-        requests.append(
-            ExtendRequest(
-                prefix,
-                seq_len,
-                q_start,
-                pages[: prefix // PAGE_SIZE],
-                len(touched),
-                sink_slot=request + 1,
-            )
-        )
-        rows = torch.stack([k, v])[:, q_start : q_start + seq_len - prefix]
-        pad = -(seq_len - prefix) % PAGE_SIZE
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, pad))
-        touched += padded.unflatten(1, (-1, PAGE_SIZE)).unbind(1)
-        q_start += seq_len - prefix
-    return extend(
-        q,
-        cache.pages,
-        torch.stack(touched),
-        cache.sink_rows,
-        requests,
-        layout,
-        layout.head_dim**-0.5,
-        quantized_prefill=False,
-    )
+        tokens = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+        req_to_token[request + 1, : len(tokens)] = tokens
+        slot_of[0, pages[-1]] = slot_of[1, pages[0]] = request + 1
+    rows = torch.arange(1, len(SEQ_LENS) + 1, device=device)
+    slots = SlotMaps(*slot_of.to(device))
+    return upload_extend(plan, fills, rows, req_to_token.to(device), slots)
 
 
 def _exact(q: torch.Tensor, layout: PageLayout, sample: Sample, seen: torch.Tensor) -> torch.Tensor:

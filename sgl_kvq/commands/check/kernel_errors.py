@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
+from sgl_kvq.kernels.append.touched import TouchedPages
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 
@@ -34,28 +36,30 @@ class KernelErrors:
     extend_error: float
 
 
-def measure(layout: PageLayout, device: str, use_kernels: bool) -> KernelErrors:
+def measure(
+    layout: PageLayout,
+    device: str,
+    use_kernels: bool,
+    report: Callable[[str], None] = lambda operation: None,
+) -> KernelErrors:
     """Append random rows and attend to them.
 
     Args:
         layout: Of the pages.
         device: "cuda", or "cpu".
         use_kernels: The GPU kernels (on "cpu" under Triton's interpreter only), or PyTorch.
+        report: Called with the name of each operation before it runs.
     """
     sample = make_sample(layout, device)
     cache = _empty_cache(layout, sample, device)
-    touched = {
-        "pages": sample.pages,
-        "slots": _slots(sample.is_last),
-        "sink_slots": _slots(sample.is_first),
-    }
-    append_sample = _append_by_kernel if use_kernels else _append_by_pytorch
-    append_sample(cache, layout, sample, touched)
-    _keep_full_last_pages(cache, sample, touched)
+    report("append")
+    _append(cache, layout, sample, use_kernels)
+    _keep_full_last_pages(cache, sample)
     expected = _expected_pages(layout, sample)
     full = [i for i, length in enumerate(sample.lengths) if length == PAGE_SIZE]
     found = cache.pages[sample.pages[full].to(device)].cpu()
-    table = _page_table(sample, touched, device)
+    report("decode")
+    table = _page_table(sample, device)
     q = torch.randn(
         (len(SEQ_LENS), layout.num_kv_heads * GQA_GROUP, layout.head_dim),
         generator=torch.Generator().manual_seed(1),
@@ -64,6 +68,7 @@ def measure(layout: PageLayout, device: str, use_kernels: bool) -> KernelErrors:
     seen = _as_read(layout, sample, expected)
     exact = _exact_attention(q, layout, sample, seen)
     difference = (out.double() - exact).norm() / exact.norm()
+    report("extend")
     return KernelErrors(
         wrong_bytes=int((found != expected).sum()),
         total_bytes=expected.numel(),
@@ -92,77 +97,43 @@ def _empty_cache(layout: PageLayout, sample: Sample, device: str) -> PagedCache:
     )
 
 
-def _append_by_kernel(
-    cache: PagedCache, layout: PageLayout, sample: Sample, touched: dict[str, torch.Tensor]
-) -> None:
-    from sgl_kvq.kernels.append.api import TouchedPages, append
-
+def _append(cache: PagedCache, layout: PageLayout, sample: Sample, use_kernels: bool) -> None:
+    """Store all rows as one extend step of fresh sequences."""
     device = cache.pages.device
     lengths = torch.tensor(sample.lengths)
     zeros = torch.zeros_like(lengths)
-    metadata = {
-        **touched,
+    fields = {
+        "pages": sample.pages,
+        "slots": _slots(sample.is_last),
+        "sink_slots": _slots(sample.is_first),
         "prior": zeros,
         "first": zeros,
         "end": lengths,
         "start": lengths.cumsum(0) - lengths,
         "is_first": torch.tensor(sample.is_first),
     }
-    append(
-        cache,
-        layout,
-        sample.k,
-        sample.v,
-        TouchedPages(**{name: value.to(device, torch.int32) for name, value in metadata.items()}),
-        torch.zeros((), dtype=torch.int64, device=device),
-        torch.zeros_like(cache.open_rows[:1]),
-    )
+    touched = TouchedPages(**{name: x.to(device, torch.int32) for name, x in fields.items()})
+    if use_kernels:
+        from sgl_kvq.kernels.append.api import append
+
+        contained = torch.zeros((), dtype=torch.int64, device=device)
+        no_rows = torch.zeros_like(cache.open_rows[:1])
+        append(cache, layout, sample.k, sample.v, touched, contained, no_rows)
+        return
+    from sgl_kvq.kernels.append.cpu import append_extend, plan_append_extend
+
+    plan = plan_append_extend(touched, resumed_slots=sample.pages[:0])
+    append_extend(cache, layout, sample.k, sample.v, plan)
 
 
-def _append_by_pytorch(
-    cache: PagedCache, layout: PageLayout, sample: Sample, touched: dict[str, torch.Tensor]
-) -> None:
-    from sgl_kvq.kernels.append.cpu import ClosingPages, ExtendAppend, append_extend
-
-    lengths = torch.tensor(sample.lengths)
-    number = torch.arange(len(lengths))
-    full = lengths == PAGE_SIZE
-    first = torch.tensor(sample.is_first)[full].nonzero().squeeze(1)
-    none = number[:0]
-    append_extend(
-        cache,
-        layout,
-        sample.k,
-        sample.v,
-        ExtendAppend(
-            num_touched=len(lengths),
-            touched=number.repeat_interleave(lengths),
-            offsets=torch.cat([torch.arange(length) for length in sample.lengths]),
-            resumed=none,
-            resumed_slots=none,
-            kept_open=number[~full],
-            kept_slots=touched["slots"][~full],
-            closing=ClosingPages(
-                rows=number[full],
-                pages=touched["pages"][full],
-                first=first,
-                sink_slots=touched["sink_slots"][full][first],
-            ),
-        ),
-    )
-
-
-def _keep_full_last_pages(
-    cache: PagedCache, sample: Sample, touched: dict[str, torch.Tensor]
-) -> None:
-    """A last page is read from its open slot even when it is full, as after a decode step."""
+def _keep_full_last_pages(cache: PagedCache, sample: Sample) -> None:
+    """Write full last pages to their open slots, where they are read, as after a decode step."""
+    slots = _slots(sample.is_last)
     start = 0
     for i, length in enumerate(sample.lengths):
         if sample.is_last[i] and length == PAGE_SIZE:
             rows = slice(start, start + PAGE_SIZE)
-            cache.open_rows[int(touched["slots"][i])] = torch.stack(
-                [sample.k[rows], sample.v[rows]]
-            )
+            cache.open_rows[int(slots[i])] = torch.stack([sample.k[rows], sample.v[rows]])
         start += length
 
 
@@ -175,15 +146,15 @@ def _expected_pages(layout: PageLayout, sample: Sample) -> torch.Tensor:
     return encode_pages(k, v, sinks, layout)
 
 
-def _page_table(sample: Sample, touched: dict[str, torch.Tensor], device: str) -> PageTable:
+def _page_table(sample: Sample, device: str) -> PageTable:
     first, last = torch.tensor(sample.is_first), torch.tensor(sample.is_last)
     ends = last.nonzero().squeeze(1) + 1
     fields = {
         "kv_indptr": torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
         "kv_indices": sample.pages,
         "kv_last_page_len": torch.tensor(sample.lengths)[last],
-        "open_slots": touched["slots"][last],
-        "sink_slots": touched["sink_slots"][first],
+        "open_slots": _slots(sample.is_last)[last],
+        "sink_slots": _slots(sample.is_first)[first],
     }
     return PageTable(**{name: value.to(device, torch.int32) for name, value in fields.items()})
 

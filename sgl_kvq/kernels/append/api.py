@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
+from sgl_kvq.kernels.append.touched import TouchedPages
 from sgl_kvq.kernels.common.page_spec import page_spec
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 CLOSE_PROGRAMS = 1024  # of eight warps; more than run at once on any GPU
-
-
-@dataclass(frozen=True)
-class TouchedPages:
-    """Pages that get rows in an extend step; every tensor is int32 [n].
-
-    Args:
-        pages: Where the bytes go if the page fills.
-        slots: Open slot the rows go to if the page stays open.
-        sink_slots: Sink slot of the page; used by first pages that fill.
-        prior: Index into the prior rows, where the page's earlier rows lie.
-        first: First fresh row in the page; earlier ones come from the prior rows.
-        end: One after the last fresh row; 64 fills the page.
-        start: Row of k and v that becomes row `first`.
-        is_first: 1 where the page holds position 0.
-    """
-
-    pages: torch.Tensor
-    slots: torch.Tensor
-    sink_slots: torch.Tensor
-    prior: torch.Tensor
-    first: torch.Tensor
-    end: torch.Tensor
-    start: torch.Tensor
-    is_first: torch.Tensor
 
 
 class PagedLayers:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
-from sgl_kvq.memory_pool.storage import PagedCache
+from sgl_kvq.kernels.append.touched import TouchedPages
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,61 @@ class ExtendAppend:
     kept_open: torch.Tensor
     kept_slots: torch.Tensor
     closing: ClosingPages
+
+
+def plan_append_decode(table: PageTable) -> DecodeAppend:
+    """Prepare what all layers share in a decode step.
+
+    Args:
+        table: The batch, its newest rows counted.
+    """
+    num_pages = table.kv_indptr.diff()
+    offsets = table.kv_last_page_len.long() - 1
+    slots = table.open_slots.long()
+    closes = (table.kv_last_page_len == PAGE_SIZE).nonzero().squeeze(1)
+    first = (num_pages[closes] == 1).nonzero().squeeze(1)
+    last_pages = table.kv_indices[table.kv_indptr[1:].long()[closes] - 1]
+    k_rows = slots * 2 * PAGE_SIZE + offsets
+    return DecodeAppend(
+        k_rows=k_rows,
+        v_rows=k_rows + PAGE_SIZE,
+        closing=ClosingPages(
+            rows=slots[closes],
+            pages=last_pages.long(),
+            first=first,
+            sink_slots=table.sink_slots.long()[closes][first],
+        ),
+    )
+
+
+def plan_append_extend(touched: TouchedPages, resumed_slots: torch.Tensor) -> ExtendAppend:
+    """Prepare what all layers share in an extend step.
+
+    Args:
+        touched: Pages that get rows, requests one after the other.
+        resumed_slots: int [r], open slots with the earlier rows of resumed pages, in order.
+    """
+    page = torch.arange(len(touched.pages), device=touched.pages.device)
+    page_of = page.repeat_interleave(touched.end - touched.first)
+    shift = touched.first.long() - touched.start  # row in the page less row of k
+    offsets = torch.arange(len(page_of), device=page.device) + shift[page_of]
+    fills = touched.end == PAGE_SIZE
+    is_first = touched.is_first[fills] == 1
+    return ExtendAppend(
+        num_touched=len(page),
+        touched=page_of,
+        offsets=offsets,
+        resumed=page[touched.first > 0],
+        resumed_slots=resumed_slots.long(),
+        kept_open=page[~fills],
+        kept_slots=touched.slots[~fills].long(),
+        closing=ClosingPages(
+            rows=page[fills],
+            pages=touched.pages[fills].long(),
+            first=is_first.nonzero().squeeze(1),
+            sink_slots=touched.sink_slots[fills][is_first].long(),
+        ),
+    )
 
 
 def append_decode(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.kernels.append.api import TouchedPages
+from sgl_kvq.kernels.append.touched import TouchedPages
 from sgl_kvq.kernels.common.page_spec import page_spec
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
-from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.passes import AttentionPass, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache
 
 
@@ -49,23 +48,6 @@ class PrefillAttention(Protocol):
         self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
     ) -> None:
         """Merge a result over other keys into (out, lse)."""
-
-
-@dataclass(frozen=True)
-class ScratchFills:
-    """Pages that a pass writes to the scratch buffer; int32 [n] each.
-
-    Args:
-        pages: Page row to dequantize; not read for touched pages.
-        sink_slots: Sink slot of a closed first page; 0 for other pages.
-        touched: Index of the touched page whose 16-bit rows to copy, or -1.
-        targets: Token of the scratch buffer where row 0 goes.
-    """
-
-    pages: torch.Tensor
-    sink_slots: torch.Tensor
-    touched: torch.Tensor
-    targets: torch.Tensor
 
 
 class ExtendWorkspace:
@@ -153,8 +135,8 @@ def extend(
         v: Like k.
         cache: The layer's storage, with this step's rows appended.
         layout: Of the pages.
-        passes: Of `plan_extend`, planned by `attention`.
-        fills: Of each pass, on the device.
+        passes: From `plan_passes`, planned by `attention`.
+        fills: What each pass writes to the scratch buffer.
         touched: Pages that got rows in this step.
         prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], rows that resumed pages held before.
         attention: Runs the passes.

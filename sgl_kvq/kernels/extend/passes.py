@@ -1,4 +1,4 @@
-"""What an extend batch is cut into: pages to write, attention passes."""
+"""What an extend batch is cut into: requests, pages to write, attention passes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,59 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from sgl_kvq.formats.base import PAGE_SIZE
 
 IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ExtendRequest:
+    """One request of a batch; positions and pages count from the start of its sequence.
+
+    Args:
+        index: Its place in the batch.
+        prefix_len: Tokens cached before this step.
+        seq_len: Tokens after it.
+        q_start: Its first row in q.
+        touched_start: Its first page in the step's touched pages; that page holds position
+            `prefix_len`.
+        quantized: Quantized prefill: queries read every closed page in codes, also one that closes
+            in this step; otherwise only those closed before it.
+    """
+
+    index: int
+    prefix_len: int
+    seq_len: int
+    q_start: int
+    touched_start: int
+    quantized: bool
+
+    @property
+    def q_end(self) -> int:
+        """One after its last row in q."""
+        return self.q_start + self.seq_len - self.prefix_len
+
+    @property
+    def first_touched(self) -> int:
+        """First page that gets rows."""
+        return self.prefix_len // PAGE_SIZE
+
+    @property
+    def last_page(self) -> int:
+        """Page of the last token."""
+        return (self.seq_len - 1) // PAGE_SIZE
+
+    @property
+    def num_touched(self) -> int:
+        """Pages that get rows."""
+        return self.last_page - self.first_touched + 1
+
+    @property
+    def num_closed(self) -> int:
+        """Pages that are read in codes: those before it; in quantized mode all but the last one."""
+        return self.last_page if self.quantized else self.first_touched
 
 
 @dataclass(frozen=True)
@@ -49,6 +100,23 @@ class FillPlan:
 
 
 @dataclass(frozen=True)
+class ScratchFills:
+    """A `FillPlan` on the device, its pages looked up; int32 [n] each.
+
+    Args:
+        pages: Page row to dequantize; not read for touched pages.
+        sink_slots: Sink slot of a closed first page; 0 for other pages.
+        touched: Index of the touched page whose 16-bit rows to copy, or -1.
+        targets: Token of the scratch buffer where row 0 goes.
+    """
+
+    pages: torch.Tensor
+    sink_slots: torch.Tensor
+    touched: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionPass:
     """One attention call: rows `q_begin` to `q_end` of q against what `fills` wrote.
 
@@ -77,16 +145,14 @@ class AttentionPass:
 
 @dataclass(frozen=True)
 class ExtendPlan:
-    """A batch: what is written, and the passes that attend to it.
+    """A batch: who runs, and what is written.
 
     Args:
+        requests: In the order of q.
         touched: Pages that get fresh rows.
-        resumed_requests: int32 [m], requests whose first touched page has rows of earlier steps.
-        passes: In the order to run them.
-        scratch_pages: Largest number of pages a pass fills.
+        resumed: int32 [m], which of them have rows of earlier steps.
     """
 
+    requests: list[ExtendRequest]
     touched: TouchedPlan
-    resumed_requests: IntArray
-    passes: list[AttentionPass]
-    scratch_pages: int
+    resumed: IntArray

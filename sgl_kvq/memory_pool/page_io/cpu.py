@@ -183,7 +183,7 @@ class CpuPoolAccess(PoolAccess):
                     target[:] = array[block.pages, columns]
             return
         part = heads.within(self.heads)
-        slot = int(self.table(block.kind).slot_of[block.pages[0]])
+        slot = int(self.table(block.kind).held_slot(torch.from_numpy(block.pages[:1])))
         shape_of_rows = (block.num_layers, 2, block.num_rows, heads.count, -1)
         arrays = self._rows[block.kind][layers]
         for array, target in zip(arrays, out.reshape(shape_of_rows), strict=True):

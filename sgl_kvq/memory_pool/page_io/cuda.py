@@ -90,7 +90,8 @@ class GpuPoolAccess(PoolAccess):
             if block.kind is BlockKind.PAGES:
                 source = self._gather_pages(block, heads)
             else:
-                slot = int(self.table(block.kind).slot_of[int(block.pages[0])])
+                page = torch.from_numpy(block.pages[:1]).to(self.pool.device)
+                slot = int(self.table(block.kind).held_slot(page))
                 part = heads.within(self.heads)
                 layers = range(block.first_layer, block.first_layer + block.num_layers)
                 source = torch.stack(

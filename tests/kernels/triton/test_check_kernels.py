@@ -9,7 +9,7 @@ from sgl_kvq.commands.check.kernel_errors import measure
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.extend import flashinfer_attention
-from tests.kernels.triton.test_extend_kernel import TorchAttention
+from tests.support.torch_attention import TorchAttention
 
 
 @pytest.mark.parametrize("name", ["kvq2", "bf16", pytest.param("hack2", marks=pytest.mark.long)])

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.kernels.harness import named_format
 from sgl_kvq.attention.plan.extend import plan_extend
+from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
 from sgl_kvq.attention.plan.upload import upload_extend
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
@@ -16,59 +17,11 @@ from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
-from sgl_kvq.kernels.extend.passes import AttentionPass
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from tests.support.attention import random_rows, relative_error
+from tests.support.torch_attention import TorchAttention
 
 HEADS, GROUP, SINKS = 2, 3, 4
-
-
-class TorchAttention:
-    """What FlashInfer does with a pass, in plain torch."""
-
-    def __init__(self, sm_scale: float) -> None:
-        self.sm_scale = sm_scale
-
-    def plan(self, passes: list[AttentionPass]) -> None:
-        pass
-
-    def run(
-        self,
-        index: int,
-        step: AttentionPass,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        for n in range(len(step.qo_indptr) - 1):
-            rows = slice(int(step.qo_indptr[n]), int(step.qo_indptr[n + 1]))
-            keys, values = self._sequence(step, n, k), self._sequence(step, n, v)
-            group = q.shape[1] // k.shape[1]
-            keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
-            scores = torch.einsum("qhd,thd->hqt", q[rows].double(), keys) * self.sm_scale
-            if step.causal:
-                num_q, num_k = scores.shape[1:]
-                mask = torch.ones(num_q, num_k).tril(num_k - num_q) == 0
-                scores = scores.masked_fill(mask, -torch.inf)
-            out[rows] = torch.einsum("hqt,thd->qhd", scores.softmax(-1), values).to(out.dtype)
-            lse[rows] = (scores.logsumexp(-1) * 1.4426950408889634).T.float()
-
-    def _sequence(self, step: AttentionPass, n: int, x: torch.Tensor) -> torch.Tensor:
-        begin, end = int(step.kv_indptr[n]), int(step.kv_indptr[n + 1])
-        if step.kv_indices is None:
-            return x[begin:end]
-        pages = x.unflatten(0, (-1, PAGE_SIZE))[torch.from_numpy(step.kv_indices[begin:end]).long()]
-        return pages.flatten(0, 1)[: (end - begin - 1) * PAGE_SIZE + int(step.kv_last_page_len[n])]
-
-    def merge(
-        self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-    ) -> None:
-        total = torch.logaddexp2(lse, other_lse)
-        both = out * (lse - total).exp2()[..., None] + other * (other_lse - total).exp2()[..., None]
-        out.copy_(both)
-        lse.copy_(total)
 
 
 class Sequences:
@@ -132,18 +85,20 @@ class Sequences:
         """Append the next chunk of some requests and attend."""
         prefix_lens = [self.lens[r] for r in requests]
         q, k, v = self.fresh(requests, chunks)
-        plan = plan_extend(prefix_lens, chunks, quantized, max_pages)
+        plan = plan_extend(prefix_lens, chunks, quantized)
+        passes = plan_passes(plan.requests, max_pages)
         rows = torch.tensor([r + 1 for r in requests], device=self.device)
-        batch = upload_extend(plan, self.req_to_token, rows, self.slots)
+        fills = [one_pass.fills for one_pass in passes]
+        batch = upload_extend(plan, fills, rows, self.req_to_token, self.slots)
         prior_rows = batch.prior_rows(self.cache)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
         append(self.cache, self.layout, k, v, batch.touched, count, prior_rows)
         self.num_contained = int(count)
-        self.workspace.reserve(plan.scratch_pages)
+        self.workspace.reserve(scratch_pages_of(passes))
         attention = self.attention()
-        attention.plan(plan.passes)
+        attention.plan(passes)
         out = extend(
-            q, k, v, self.cache, self.layout, batch.passes, batch.fills,
+            q, k, v, self.cache, self.layout, passes, batch.fills,
             batch.touched, prior_rows, attention, self.workspace,
         )  # fmt: skip
         for r, n in zip(requests, chunks, strict=True):
@@ -267,7 +222,7 @@ def test_plans_ahead_of_the_device(gpu: str) -> None:
     )
 
     def attend(num_tokens: int) -> torch.Tensor:
-        (step,) = plan_extend([0], [num_tokens], False, 100).passes
+        (step,) = plan_passes(plan_extend([0], [num_tokens], False).requests, 100)
         attention.plan([step])
         out = torch.empty_like(q[:num_tokens])
         lse = torch.empty(out.shape[:2], device=gpu)

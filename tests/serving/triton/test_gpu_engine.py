@@ -1,4 +1,4 @@
-"""The GPU backend inside SGLang's scheduler, its kernels interpreted on the CPU."""
+"""The GPU engine inside SGLang's scheduler, its kernels interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sgl_kvq.attention import cpu as torch_backend
-from sgl_kvq.attention import gpu as gpu_backend
+from sgl_kvq.attention import cpu, gpu
 from sgl_kvq.formats.base import LayerBits
 from sgl_kvq.formats.calibration import BitAllocation, default_basis, save_bases
-from tests.kernels.triton.test_extend_kernel import TorchAttention
 from tests.support.compare import logprob_differences
 from tests.support.model_folders import make_model
+from tests.support.torch_attention import TorchAttention
 
 LENGTHS = (62, 130)
 NEW_TOKENS = 4  # the first request's page is full before its end
@@ -32,7 +31,7 @@ BUDGET = 0.5  # logprobs: bfloat16 is rounded elsewhere, by the interpreter trun
     ],
     ids=["hack2", "kvq2", "kvq2-by-layer", "saw4"],
 )
-def test_it_serves_what_the_pytorch_backend_does(
+def test_it_serves_what_the_cpu_engine_does(
     name: str,
     prefill: str,
     other: str,
@@ -72,8 +71,8 @@ def test_it_serves_what_the_pytorch_backend_does(
         return results
 
     expected, wrong = serve(name), serve(other)
-    monkeypatch.setattr(gpu_backend, "FlashInferAttention", lambda *args: TorchAttention(args[4]))
-    monkeypatch.setattr(torch_backend, "TorchAttnBackend", gpu_backend.GpuAttnBackend)
+    monkeypatch.setattr(gpu, "FlashInferAttention", lambda *args: TorchAttention(args[4]))
+    monkeypatch.setattr(cpu, "CpuEngine", gpu.GpuEngine)
     found = serve(name)
     assert [r.cached_tokens for r in found] == [r.cached_tokens for r in expected] == [0, 0, 128]
     near, far = (logprob_differences(found, results, 10.0) for results in (expected, wrong))
