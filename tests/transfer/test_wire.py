@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_kvq.errors import ChecksumError, WireError
-from sgl_kvq.transfer.codecs import CODECS, decode_payload
+from sgl_kvq.transfer.codecs.registry import all_codecs, decode_payload
 from sgl_kvq.transfer.protocol import messages
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
@@ -23,7 +23,13 @@ from sgl_kvq.transfer.protocol.header import (
     parse_header,
     payload_checksum,
 )
-from sgl_kvq.transfer.protocol.messages import Ack, Message, pack_message, parse_message
+from sgl_kvq.transfer.protocol.messages import (
+    Ack,
+    Message,
+    OtherVersion,
+    pack_message,
+    parse_message,
+)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
@@ -55,9 +61,12 @@ HEADERS = st.builds(
 PAIRS = st.lists(unsigned(64), min_size=2, max_size=2)
 SEQS = st.lists(unsigned(32), max_size=20)
 FINGERPRINTS = st.dictionaries(st.text(max_size=9), st.text(max_size=9) | unsigned(64), max_size=9)
+CODECS = all_codecs()
+NAMES = st.lists(st.text(max_size=9), max_size=9)
+VERSION = st.just(WIRE_VERSION)
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(messages.Hello, unsigned(16), unsigned(64), FINGERPRINTS),
-    st.builds(messages.Welcome, unsigned(16), unsigned(64), unsigned(16), unsigned(16)),
+    st.builds(messages.Hello, VERSION, unsigned(64), FINGERPRINTS, NAMES),
+    st.builds(messages.Welcome, VERSION, unsigned(64), unsigned(16), unsigned(16)),
     st.builds(messages.Refuse, st.text(max_size=99)),
     st.builds(
         messages.Request,
@@ -168,6 +177,9 @@ def test_damaged_messages_are_refused_or_valid(message: Message, data: st.DataOb
         parsed = parse_message(msgpack.packb(fields))
     except WireError:
         return
+    if isinstance(parsed, OtherVersion):
+        assert name == "wire_version"
+        return
     assert parse_message(pack_message(parsed)) == parsed
 
 
@@ -209,5 +221,5 @@ def test_a_bomb_does_not_fill_the_memory() -> None:
         bomb = bytes(codec.encode(bytes(64 * 2**20)))
         with pytest.raises(WireError):
             decode_payload(codec.id, bomb, 1024)
-    with pytest.raises(WireError, match="expected id"):
+    with pytest.raises(WireError, match="expected an id"):
         decode_payload(77, b"", 0)

@@ -47,7 +47,7 @@ def test_every_byte_arrives_and_no_other_is_touched(format_name: str) -> None:
                 pool.open_slots.release(pages)
                 pool.sink_slots.release(pages)
         wait_for(lambda: not prefill.thread.rooms)
-        assert all(not link.in_use for link in decode.thread.links.values())
+        assert all(not connection.in_use for connection in decode.thread.connections.values())
         assert all(peer.bytes_in_flight == 0 for peer in prefill.thread.peers.values())
 
 
