@@ -73,15 +73,6 @@ def test_tensor_parallel_sizes_may_differ(prefill_tp: int, decode_tp: int) -> No
                 assert_equal(side, pages, receiver, places, num_tokens)
 
 
-@pytest.mark.parametrize("codec", ["identity", "lz4", "zstd"])
-def test_codecs(codec: str) -> None:
-    config = TransferConfig(deadline_s=3.0, block_bytes=16384, codec=codec)
-    prefill, decode = PrefillSide(config), DecodeSide(CONFIG)
-    with stopped(prefill, decode):
-        sent, got = ship(prefill, decode, 1, 300)
-        assert_equal(prefill, sent, decode, got, 300)
-
-
 def test_pages_that_are_there_are_not_sent() -> None:
     prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
     with stopped(prefill, decode):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_kvq.errors import ChecksumError, WireError
-from sgl_kvq.transfer.codecs.registry import all_codecs, decode_payload
 from sgl_kvq.transfer.protocol import messages
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
@@ -61,7 +58,6 @@ HEADERS = st.builds(
 PAIRS = st.lists(unsigned(64), min_size=2, max_size=2)
 SEQS = st.lists(unsigned(32), max_size=20)
 FINGERPRINTS = st.dictionaries(st.text(max_size=9), st.text(max_size=9) | unsigned(64), max_size=9)
-CODECS = all_codecs()
 NAMES = st.lists(st.text(max_size=9), max_size=9)
 VERSION = st.just(WIRE_VERSION)
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
@@ -195,31 +191,3 @@ def test_long_messages_and_lists_are_refused() -> None:
         parse_message(b"\0" * (messages.MAX_MESSAGE_BYTES + 1))
     with pytest.raises(WireError, match=r"Ack\.seqs"):
         pack_message(Ack(1, 1, [0] * (messages.MAX_LIST + 1)))
-
-
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-@settings(max_examples=50)
-@given(payload=st.binary(max_size=2000))
-def test_codecs_round_trip(codec, payload: bytes) -> None:
-    sent = bytes(codec.encode(payload))
-    assert bytes(decode_payload(codec.id, sent, len(payload))) == payload
-    with pytest.raises(WireError):
-        decode_payload(codec.id, sent, len(payload) + 1)
-
-
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-@settings(max_examples=100)
-@given(payload=st.binary(max_size=200), size=st.integers(0, 4096))
-def test_codecs_survive_anything(codec, payload: bytes, size: int) -> None:
-    with contextlib.suppress(WireError):
-        assert len(decode_payload(codec.id, payload, size)) == size
-
-
-def test_a_bomb_does_not_fill_the_memory() -> None:
-    """64 MiB of zeros behind a header that announces 1 KiB."""
-    for codec in CODECS[1:]:
-        bomb = bytes(codec.encode(bytes(64 * 2**20)))
-        with pytest.raises(WireError):
-            decode_payload(codec.id, bomb, 1024)
-    with pytest.raises(WireError, match="expected an id"):
-        decode_payload(77, b"", 0)
