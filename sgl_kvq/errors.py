@@ -19,12 +19,24 @@ class PoolExhaustedError(KvqError):
     """No open-page or sink slot is free although admission should have kept one."""
 
 
+class SlotNotHeldError(KvqError):
+    """16-bit rows of a page were asked for, and the page holds no slot (any more)."""
+
+
+class SpanError(KvqError, ValueError):
+    """Bytes do not have the size of the pages or rows they are written to."""
+
+
 class TransferError(KvqError):
     """A PD transfer cannot start or go on."""
 
 
 class WireError(TransferError):
     """Bytes from a peer do not follow the wire format."""
+
+
+class CodecError(WireError):
+    """A payload cannot be decoded; sending it again cannot help."""
 
 
 class ChecksumError(WireError):

@@ -1,4 +1,4 @@
-"""A bare pyzmq loop as the yardstick of `bench_wire`: blocks of one size, nothing done with them.
+"""A bare pyzmq loop to compare with: blocks of one size, nothing is done with them.
 
 ROUTER to DEALER over loopback, four frames a block, the payload zero-copy at both ends, small
 frames copied (cheaper than sharing them), and the same limits as ours: so many unacknowledged
@@ -73,8 +73,8 @@ class BareLoop:
         """Seconds from the first block to the last acknowledgement.
 
         Args:
-            block_bytes: Of each block.
-            count: Blocks.
+            block_bytes: Size of each block.
+            count: Number of blocks.
             walk_bytes: Memory that they are sent from in turns; one block's at least.
         """
         self._sender.send((block_bytes, count, walk_bytes))

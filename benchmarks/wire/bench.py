@@ -1,6 +1,6 @@
 """Loopback speed of block transfers against a bare pyzmq loop with the same block sizes.
 
-Usage: python -m benchmarks.wire.bench [--repeats 5] [--helpers N] [--out FILE.csv]
+Usage: python -m benchmarks.wire.bench [--repeats 5] [--workers N] [--out FILE.csv]
 
 Two processes on one machine. Ours reads every block from a pool of 264 MB, its pages in random
 order, hashes it, sends it, hashes it again and writes it to another pool, checksums on. The bare
@@ -23,7 +23,7 @@ from benchmarks.common.records import command_line, git_commit, write_csv
 from benchmarks.common.servers import cpu_name
 from benchmarks.wire.bare import BareLoop, bare_loop
 from benchmarks.wire.ends import EndSpec, WirePair, wire_pair
-from sgl_kvq.transfer.runtime.workers import default_helpers
+from sgl_kvq.transfer.runtime.workers import default_workers
 
 NUM_PAGES = 192
 BLOCK_KB = (64, 256, 1024, 4096)
@@ -35,7 +35,7 @@ class Row:
     """One block size; field names are the columns."""
 
     block_bytes: int
-    helpers: int
+    workers: int
     ours_mb_s: float
     bare_mb_s: float
     bare_cold_mb_s: float
@@ -48,7 +48,7 @@ class Row:
 
 
 def measure(
-    pair: WirePair, bare: BareLoop, block_kb: int, helpers: int, repeats: int, command: str
+    pair: WirePair, bare: BareLoop, block_kb: int, workers: int, repeats: int, command: str
 ) -> Row:
     """Measure one block size."""
     speeds: list[tuple[float, float, float]] = []
@@ -63,7 +63,7 @@ def measure(
     ours, hot, cold = (statistics.median(column) / 1e6 for column in zip(*speeds[1:], strict=True))
     return Row(
         block_bytes=mean_bytes,
-        helpers=helpers,
+        workers=workers,
         ours_mb_s=round(ours, 1),
         bare_mb_s=round(hot, 1),
         bare_cold_mb_s=round(cold, 1),
@@ -81,19 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--helpers",
+        "--workers",
         type=int,
-        default=default_helpers(),
+        default=default_workers(),
         help="threads at each end that copy and hash (%(default)s here)",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/wire.csv"))
     args = parser.parse_args(argv)
     command = command_line("bench_wire", sys.argv[1:] if argv is None else argv)
     rows = []
-    spec = EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, helpers=args.helpers)
+    spec = EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, workers=args.workers)
     with bare_loop(WINDOW_BYTES) as bare, wire_pair(spec) as pair:
         for block_kb in BLOCK_KB:
-            row = measure(pair, bare, block_kb, args.helpers, args.repeats, command)
+            row = measure(pair, bare, block_kb, args.workers, args.repeats, command)
             rows.append(row)
             write_csv(args.out, [asdict(row) for row in rows])
             print(

@@ -19,19 +19,19 @@ from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
-from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.memory_pool.page_io.factory import open_pool
+from sgl_kvq.memory_pool.page_io.span import HeadRange, PageIds
 from sgl_kvq.memory_pool.store import PagedStore
-from sgl_kvq.transfer.blocks import Block, HeadRange, PageIds, cut_pages
-from sgl_kvq.transfer.decode.assembly import InTransfer
+from sgl_kvq.transfer.blocks import cut_pages, metadata_block
+from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.client import DecodeThread
-from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
-from sgl_kvq.transfer.protocol.header import BlockKind
 from sgl_kvq.transfer.runtime.request_state import RequestState
-from sgl_kvq.transfer.runtime.workers import default_helpers
+from sgl_kvq.transfer.runtime.workers import default_workers
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
 
@@ -41,13 +41,13 @@ class EndSpec:
     """What a pair of ends is made of.
 
     Attributes:
-        format: Of the pages.
+        format: Name of the format of the pages.
         num_pages: Pages of a transfer.
         window_bytes: Unacknowledged bytes.
         host: Address the sending end listens on.
         keys: Folder of CURVE keys, or None on loopback.
         sender_namespace: Network namespace of the sending end, None for this one.
-        helpers: Threads beside each end's transfer thread.
+        workers: Threads beside each end's transfer thread.
     """
 
     format: str
@@ -56,7 +56,7 @@ class EndSpec:
     host: str = "127.0.0.1"
     keys: Path | None = None
     sender_namespace: str | None = None
-    helpers: int = field(default_factory=default_helpers)
+    workers: int = field(default_factory=default_workers)
 
     def config(self) -> TransferConfig:
         """Options of either end."""
@@ -65,7 +65,7 @@ class EndSpec:
             keys=self.keys,
             window_bytes=self.window_bytes,
             deadline_s=120,
-            helpers=self.helpers,
+            workers=self.workers,
         )
 
 
@@ -84,13 +84,13 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     if spec.sender_namespace is not None:
         enter_namespace(f"/var/run/netns/{spec.sender_namespace}")  # before any socket is there
     pool, access, marks = _make_side(spec)
-    asked, done = threading.Event(), threading.Event()
+    requested, done = threading.Event(), threading.Event()
     thread = PrefillThread(
         spec.config(),
         access,
         marks,
         secrets.randbits(64),
-        on_asked=lambda room, request: asked.set(),
+        on_requested=lambda room, request: requested.set(),
         on_success=lambda room: done.set(),
     )
     thread.start()
@@ -100,11 +100,11 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     while (order := pipe.recv()) is not None:
         room, block_bytes = order
         blocks = list(cut_pages(0, pages, [page_bytes] * NUM_LAYERS, block_bytes))
-        last = Block(BlockKind.METADATA, data=bytes(2048))
-        asked.clear()
+        last = metadata_block(bytes(2048))
+        requested.clear()
         done.clear()
         thread.open_room(room, RequestState(print))
-        asked.wait()
+        requested.wait()
         began = time.perf_counter()
         thread.add_blocks(room, [*blocks, last], True)
         done.wait()
@@ -125,17 +125,18 @@ def _receive_end(pipe: Any, spec: EndSpec) -> None:
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         room, endpoint = order
-        ticket, done = RequestState(print), threading.Event()
-        thread.announce([endpoint], room, room, ticket)
-        while thread.link_state(endpoint)[0] is not LinkState.READY:
+        state, done = RequestState(print), threading.Event()
+        thread.announce([endpoint], room, room, state)
+        while thread.connection_state(endpoint)[0] is not ConnectionState.READY:
             time.sleep(0.01)
 
         def finish(data: bytes, done: threading.Event = done) -> None:
             done.set()
 
-        thread.start_transfer(InTransfer(room, room, ticket, 0, pages, [], finish), [endpoint], 1)
+        transfer = IncomingTransfer(room, room, state, 0, pages, [], finish)
+        thread.start_transfer(transfer, [endpoint], 1)
         done.wait()
-        thread.close_room([endpoint], room, room, ticket, None)
+        thread.close_room([endpoint], room, room, state, None)
     thread.stop()
 
 

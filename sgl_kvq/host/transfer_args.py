@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional  # SGLang's parser reads these annot
 
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.host.names import NS, Arg
-from sgl_kvq.transfer.codecs import codec_names
+from sgl_kvq.transfer.codecs.registry import codec_names
 from sgl_kvq.transfer.options import FLAG, TransferConfig
 
 

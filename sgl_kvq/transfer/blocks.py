@@ -1,40 +1,13 @@
-"""Blocks of a transfer: which heads, pages and layers go into one."""
+"""Blocks of a transfer: which pages and layers go into one."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from sgl_kvq.memory_pool.page_io.span import HeadRange, PageIds, PageSpan, SpanKind
 from sgl_kvq.transfer.protocol.header import BlockKind
-
-PageIds = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class HeadRange:
-    """KV heads [first, end), counted over all ranks."""
-
-    first: int
-    end: int
-
-    @property
-    def count(self) -> int:
-        """Number of heads."""
-        return self.end - self.first
-
-    def intersect(self, other: HeadRange) -> HeadRange:
-        """Heads in both; count 0 if there are none."""
-        first = max(self.first, other.first)
-        return HeadRange(first, max(first, min(self.end, other.end)))
-
-    def within(self, outer: HeadRange) -> slice:
-        """These heads as a slice of those of a rank that holds `outer`."""
-        return slice(self.first - outer.first, self.end - outer.first)
 
 
 def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadRange:
@@ -46,35 +19,25 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadRange:
     return HeadRange(tp_rank * count, (tp_rank + 1) * count)
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A block to send, before it is read from the pool.
+class Block(NamedTuple):
+    """A block to send: a span of the pool that is read later, or metadata.
 
     Args:
         kind: What it holds.
         first_page: Position of its first page in the sequence.
-        pages: int64 [n], where its pages lie in the pool. Of OPEN_ROWS and SINK_ROWS: the page
-            that holds the slot.
-        first_layer: First layer.
-        num_layers: Layers.
-        num_rows: Rows of OPEN_ROWS and SINK_ROWS.
-        data: The payload itself, of METADATA.
-        ready: CUDA event after which the pool holds the bytes; None when it does already.
+        span: What is read from the pool; None for METADATA.
+        metadata: The payload of METADATA.
     """
 
     kind: BlockKind
     first_page: int = 0
-    pages: PageIds = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    first_layer: int = 0
-    num_layers: int = 0
-    num_rows: int = 0
-    data: bytes = b""
-    ready: Any = None
+    span: PageSpan | None = None
+    metadata: bytes = b""
 
-    @property
-    def num_pages(self) -> int:
-        """Closed pages in it."""
-        return len(self.pages) if self.kind is BlockKind.PAGES else 0
+
+def metadata_block(data: bytes) -> Block:
+    """The block that ends a transfer: SGLang's record of the first token."""
+    return Block(BlockKind.METADATA, metadata=data)
 
 
 def cut_pages(
@@ -94,7 +57,7 @@ def cut_pages(
         pages: int64 [n], pages in the pool.
         page_bytes: Bytes of a page in each layer of the pool, of the heads that are sent.
         block_bytes: Size to fill up to.
-        ready: See `Block`.
+        ready: See `PageSpan`.
     """
     if not len(pages):
         return
@@ -104,14 +67,14 @@ def cut_pages(
         bounds = [group * len(pages) // num_groups for group in range(num_groups + 1)]
         for start, end in itertools.pairwise(bounds):
             for layers in _cut_layers(len(alike), (end - start) * size, block_bytes):
-                yield Block(
-                    BlockKind.PAGES,
-                    first_page + start,
+                span = PageSpan(
+                    SpanKind.PAGES,
                     pages[start:end],
                     alike[layers.start],
                     len(layers),
                     ready=ready,
                 )
+                yield Block(BlockKind.PAGES, first_page + start, span)
 
 
 def cut_rows(
@@ -132,28 +95,14 @@ def cut_rows(
         num_layers: Layers of the pool.
         row_bytes: K and V of a token in one layer, of the heads that are sent.
         block_bytes: Size to fill up to.
-        ready: See `Block`.
+        ready: See `PageSpan`.
     """
     for layers in _cut_layers(num_layers, num_rows * row_bytes, block_bytes):
-        yield Block(
-            kind,
-            pages=page,
-            first_layer=layers.start,
-            num_layers=len(layers),
-            num_rows=num_rows,
-            ready=ready,
-        )
+        span = PageSpan(SpanKind(kind), page, layers.start, len(layers), num_rows, ready)
+        yield Block(kind, span=span)
 
 
 def _cut_layers(num_layers: int, layer_bytes: int, block_bytes: int) -> Iterator[range]:
     step = max(1, block_bytes // layer_bytes)
     for first in range(0, num_layers, step):
         yield range(first, min(first + step, num_layers))
-
-
-def run_of(pages: PageIds) -> slice | None:
-    """Pages that follow each other in the pool, as a slice of it; None if they do not."""
-    first, count = int(pages[0]), len(pages)
-    if count > 1 and (int(pages[-1]) - first != count - 1 or (np.diff(pages) != 1).any()):
-        return None
-    return slice(first, first + count)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.transfer.codecs import get_codec
+from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
-from sgl_kvq.transfer.runtime.workers import default_helpers
+from sgl_kvq.transfer.runtime.workers import default_workers
 
 FLAG = "--kv-quant-transfer-"
 """What the names of the options begin with."""
@@ -24,11 +24,11 @@ class TransferConfig:
         port: Its port, 0 for any.
         advertise: (host, port) told to decode instances; None and 0 mean what was bound.
         keys: Folder of CURVE keys, None for connections without.
-        deadline_s: Longest silence about a transfer.
+        deadline_s: Longest time without a message about a transfer.
         window_bytes: Unacknowledged bytes for one decode instance.
         block_bytes: Size a block is filled up to.
         codec: Name of a wire codec.
-        helpers: Threads beside the transfer thread that copy and hash; a GPU's pool takes none.
+        workers: Threads beside the transfer thread that copy and hash; unused with a GPU's pool.
 
     Raises:
         ConfigError: a value is out of range, or an open address has no keys.
@@ -42,7 +42,7 @@ class TransferConfig:
     window_bytes: int = 32 * 2**20
     block_bytes: int = 4 * 2**20
     codec: str = "identity"
-    helpers: int = field(default_factory=default_helpers)
+    workers: int = field(default_factory=default_workers)
 
     def __post_init__(self) -> None:
         get_codec(self.codec)

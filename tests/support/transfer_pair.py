@@ -14,16 +14,17 @@ import torch
 
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.base import PAGE_SIZE, QuantFormat
-from sgl_kvq.formats.families.kvq import kvq_format
+from sgl_kvq.formats.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
-from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.memory_pool.page_io.factory import open_pool
+from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.memory_pool.store import PagedStore
-from sgl_kvq.transfer.blocks import Block, HeadRange, cut_pages, cut_rows, heads_of_rank
-from sgl_kvq.transfer.decode.assembly import InTransfer
+from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, heads_of_rank, metadata_block
+from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.client import DecodeThread
-from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
@@ -51,7 +52,7 @@ def make_pool(
     device: str = "cpu",
 ) -> PagedStore:
     """A pool of random bytes; without a seed every byte is 0xEE, so that any write shows."""
-    layouts = tuple(PageLayout(of_layer, 64, heads) for of_layer in pair_formats(format_name))
+    layouts = tuple(PageLayout(fmt, 64, heads) for fmt in pair_formats(format_name))
     pool = PagedStore(PoolPlan(layouts, SINK_TOKENS, num_pages, 8), device=device)
     generator = torch.Generator().manual_seed(seed or 0)
     for layer in pool.layers:
@@ -75,10 +76,10 @@ class Outcome:
 
     result: str = ""
     reason: str = ""
-    ticket: RequestState = field(init=False)
+    state: RequestState = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ticket = RequestState(self._fail)
+        self.state = RequestState(self._fail)
 
     def _fail(self, reason: str) -> None:
         self.result, self.reason = "failed", reason
@@ -113,13 +114,13 @@ class PrefillSide:
         self.pool = make_pool(format_name, self.heads.count, seed=seed, device=device)
         self.config = config
         self.outcomes: dict[int, Outcome] = {}
-        self.asked: list[int] = []
+        self.requested: list[int] = []
         self.thread = PrefillThread(
             config,
             open_pool(self.pool, self.heads),
             fingerprint(self.pool, format_name, weights),
             secrets.randbits(64),
-            on_asked=lambda room, request: self.asked.append(room),
+            on_requested=lambda room, request: self.requested.append(room),
             on_success=self._success,
         )
         self.thread.start()
@@ -133,7 +134,7 @@ class PrefillSide:
 
     def open(self, room: int) -> Outcome:
         self.outcomes[room] = Outcome()
-        self.thread.open_room(room, self.outcomes[room].ticket)
+        self.thread.open_room(room, self.outcomes[room].state)
         return self.outcomes[room]
 
     def send(self, room: int, pages: torch.Tensor, num_tokens: int, first_page: int = 0) -> None:
@@ -151,11 +152,11 @@ class PrefillSide:
         blocks += cut_pages(first_page, closed, page_bytes, self.config.block_bytes)
         if num_rows and len(places):
             blocks += cut_rows(BlockKind.OPEN_ROWS, places[-1:], num_rows, *sizes)
-        blocks.append(Block(BlockKind.METADATA, data=METADATA))
+        blocks.append(metadata_block(METADATA))
         self.thread.add_blocks(room, blocks, True)
 
     def close(self, room: int, reason: str | None = None) -> None:
-        self.thread.close_room(room, self.outcomes[room].ticket, reason)
+        self.thread.close_room(room, self.outcomes[room].state, reason)
 
 
 class DecodeSide:
@@ -184,26 +185,26 @@ class DecodeSide:
         )
         self.thread.start()
 
-    def _success(self, transfer: InTransfer) -> None:
+    def _success(self, transfer: IncomingTransfer) -> None:
         self.outcomes[transfer.room].result = "success"
 
     def announce(self, room: int, endpoints: list[str]) -> Outcome:
         self.outcomes[room] = Outcome()
         self.nonces[room] = secrets.randbits(64)
         self.endpoints[room] = endpoints
-        ticket = self.outcomes[room].ticket
-        self.thread.announce(endpoints, room, self.nonces[room], ticket)
+        state = self.outcomes[room].state
+        self.thread.announce(endpoints, room, self.nonces[room], state)
         return self.outcomes[room]
 
     def wait_ready(self, endpoint: str) -> None:
-        wait_for(lambda: self.thread.link_state(endpoint)[0] is LinkState.READY)
+        wait_for(lambda: self.thread.connection_state(endpoint)[0] is ConnectionState.READY)
 
     def start(self, room: int, pages: torch.Tensor, prefix_pages: int = 0, peers: int = 1) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
-        transfer = InTransfer(
+        transfer = IncomingTransfer(
             room,
             self.nonces[room],
-            self.outcomes[room].ticket,
+            self.outcomes[room].state,
             prefix_pages,
             pages.numpy(),
             self.thread.access.fence(),
@@ -212,8 +213,8 @@ class DecodeSide:
         self.thread.start_transfer(transfer, self.endpoints[room], peers)
 
     def close(self, room: int, reason: str | None = None) -> None:
-        ticket, nonce = self.outcomes[room].ticket, self.nonces[room]
-        self.thread.close_room(self.endpoints[room], room, nonce, ticket, reason)
+        state, nonce = self.outcomes[room].state, self.nonces[room]
+        self.thread.close_room(self.endpoints[room], room, nonce, state, reason)
 
 
 def take_pages(pool: PagedStore, num_tokens: int, first: int) -> torch.Tensor:
@@ -242,12 +243,12 @@ def assert_equal(
             other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),
         )
         if num_rows:
-            a = mine.open_rows[source.pool.open_slots.step_view()[sent[-1]], :, :num_rows, ours]
-            b = other.open_rows[target.pool.open_slots.step_view()[got[-1]], :, :num_rows, theirs]
+            a = mine.open_rows[source.pool.open_slots.held_slot(sent[-1:]), :, :num_rows, ours]
+            b = other.open_rows[target.pool.open_slots.held_slot(got[-1:]), :, :num_rows, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
-            a = mine.sink_rows[source.pool.sink_slots.step_view()[sent[0]], :, :, ours]
-            b = other.sink_rows[target.pool.sink_slots.step_view()[got[0]], :, :, theirs]
+            a = mine.sink_rows[source.pool.sink_slots.held_slot(sent[:1]), :, :, ours]
+            b = other.sink_rows[target.pool.sink_slots.held_slot(got[:1]), :, :, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 

@@ -2,7 +2,8 @@
 
 Usage: python -m tests.transfer.fuzz_wire tests/transfer/corpus -max_total_time=600
 
-An input is one byte that chooses a target, then the target's bytes. Only `WireError` may come out;
+An input is one byte that chooses a target, then the target's bytes. Only `WireError` may come out
+(and `SpanError`, of a payload that does not fill its place);
 a block may change the transfer's own pages and slots and nothing else. An empty corpus is seeded
 with one valid input of each kind, which no mutation would find: headers carry a checksum.
 """
@@ -15,16 +16,16 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["sgl_kvq.transfer"]):
-    from sgl_kvq.transfer import codecs
-    from sgl_kvq.transfer.decode import assembly as inbound
+    from sgl_kvq.transfer.codecs import registry
+    from sgl_kvq.transfer.decode import assembly
     from sgl_kvq.transfer.protocol import header as wire
     from sgl_kvq.transfer.protocol import messages
 
 import torch
 
-from sgl_kvq.errors import WireError
-from sgl_kvq.memory_pool.page_io.cuda import open_pool
-from sgl_kvq.transfer.blocks import HeadRange
+from sgl_kvq.errors import SpanError, WireError
+from sgl_kvq.memory_pool.page_io.factory import open_pool
+from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from tests.support.transfer_pair import make_pool
 
@@ -37,9 +38,9 @@ POOL.open_slots.acquire(PAGES[-1:])
 POOL.sink_slots.acquire(PAGES[:1])
 
 
-def part() -> inbound.InPart:
+def part() -> assembly.IncomingPart:
     """A fresh transfer of three pages, the last one open."""
-    transfer = inbound.InTransfer(
+    transfer = assembly.IncomingTransfer(
         ROOM,
         NONCE,
         RequestState(lambda reason: None),
@@ -48,7 +49,7 @@ def part() -> inbound.InPart:
         [],
         lambda data: None,
     )
-    fresh = inbound.InPart(transfer, ACCESS, FINGERPRINT, 1)
+    fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1)
     fresh.heads = HeadRange(0, 4)
     return fresh
 
@@ -81,11 +82,13 @@ def fuzz_blocks(data: bytes) -> None:
         fields |= {"raw_bytes": len(payload)} if fields["codec"] == 0 else {}
         header = wire.parse_header(wire.pack_header(wire.BlockHeader(**fields)))
         try:
-            landing = target.begin(header, payload)
-            if not landing.done:
-                landing.run()
-            target.settle(landing)
-        except WireError:
+            block = target.claim(header, payload)
+            if block is None:
+                continue
+            if not block.done:
+                block.run()
+            target.record(block)
+        except (WireError, SpanError):
             continue
     for now, before in zip(outside(), UNTOUCHED, strict=True):
         assert torch.equal(now, before), "a block was written outside its transfer"
@@ -98,9 +101,11 @@ def one_input(data: bytes) -> None:
         if choice == 0:
             wire.pack_header(wire.parse_header(rest))
         elif choice == 1:
-            messages.pack_message(messages.parse_message(rest))
+            message = messages.parse_message(rest)
+            if not isinstance(message, messages.OtherVersion):
+                messages.pack_message(message)
         elif choice == 2:
-            codecs.decode_payload(rest[0] % 4 if rest else 0, rest[1:], len(rest))
+            registry.decode_payload(rest[0] % 4 if rest else 0, rest[1:], len(rest))
         else:
             fuzz_blocks(rest)
     except WireError:
@@ -112,8 +117,8 @@ def seeds() -> list[bytes]:
     names = dict.fromkeys(NAMES, 1) | {"kind": wire.BlockKind.PAGES}
     found = [b"\x00" + wire.pack_header(wire.BlockHeader(**names))]
     for message in (
-        messages.Hello(1, 2, {"format": "hack2", "layers": 3}),
-        messages.Welcome(1, 2, 0, 4),
+        messages.Hello(wire.WIRE_VERSION, 2, {"format": "hack2", "layers": 3}, ["identity"]),
+        messages.Welcome(wire.WIRE_VERSION, 2, 0, 4),
         messages.Refuse("other weights"),
         messages.Request(ROOM, NONCE, 0, 3, 0, 4, 1, [0, 5]),
         messages.Ack(ROOM, NONCE, [1, 2]),
@@ -123,7 +128,7 @@ def seeds() -> list[bytes]:
         messages.Alive([[ROOM, NONCE]]),
     ):
         found.append(b"\x01" + messages.pack_message(message))
-    for codec in codecs.CODECS:
+    for codec in registry.all_codecs():
         found.append(bytes([2, codec.id]) + bytes(codec.encode(bytes(100))))
     return [*found, b"\x03" + bytes(range(256)) * 20]
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_kvq.errors import WireError
+from sgl_kvq.errors import SpanError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.memory_pool.page_io.cuda import open_pool
-from sgl_kvq.transfer.blocks import HeadRange, cut_pages, cut_rows, heads_of_rank, run_of
+from sgl_kvq.memory_pool.page_io.factory import open_pool
+from sgl_kvq.memory_pool.page_io.span import HeadRange, PageSpan, contiguous_slice
+from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, heads_of_rank
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, BlockKind
@@ -31,15 +30,20 @@ from tests.support.transfer_pair import (
 CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
 
 
+def span_of(block: Block) -> PageSpan:
+    assert block.span is not None
+    return block.span
+
+
 def test_a_block_of_layers_with_pages_of_two_sizes_is_refused() -> None:
     pool = make_pool("chosen")
     access = open_pool(pool, HeadRange(0, NUM_HEADS))
     sizes = [layout.page_bytes for layout in pool.plan.layouts]
-    blocks = list(cut_pages(0, np.array([5]), sizes, 1 << 20))
-    assert [(block.first_layer, block.num_layers) for block in blocks] == [(0, 2), (2, 1)]
-    everything = replace(blocks[0], num_layers=NUM_LAYERS)
-    with pytest.raises(WireError, match=r"layers 0 to 3: expected pages of one size"):
-        access.payload_bytes(everything, access.heads)
+    spans = [span_of(block) for block in cut_pages(0, np.array([5]), sizes, 1 << 20)]
+    assert [(span.first_layer, span.num_layers) for span in spans] == [(0, 2), (2, 1)]
+    everything = spans[0]._replace(num_layers=NUM_LAYERS)
+    with pytest.raises(SpanError, match=r"layers 0 to 3: expected pages of one size"):
+        access.span_bytes(everything, access.heads)
 
 
 @settings(deadline=None)
@@ -54,16 +58,17 @@ def test_cutting_covers_every_page_and_layer_once(
     places, num_layers = np.array(pages, dtype=np.int64), len(page_bytes)
     seen: list[tuple[int, int]] = []
     for block in cut_pages(3, places, page_bytes, block_bytes):
-        (in_layer,) = set(page_bytes[block.first_layer : block.first_layer + block.num_layers])
-        size = block.num_layers * block.num_pages * in_layer
-        assert size <= block_bytes or (block.num_layers, block.num_pages) == (1, 1)
-        positions = range(block.first_page - 3, block.first_page - 3 + block.num_pages)
-        assert [pages[i] for i in positions] == block.pages.tolist()
-        layers = range(block.first_layer, block.first_layer + block.num_layers)
+        span = span_of(block)
+        (in_layer,) = set(page_bytes[span.layers])
+        size = span.num_layers * span.num_pages * in_layer
+        assert size <= block_bytes or (span.num_layers, span.num_pages) == (1, 1)
+        positions = range(block.first_page - 3, block.first_page - 3 + span.num_pages)
+        assert [pages[i] for i in positions] == span.pages.tolist()
+        layers = range(span.first_layer, span.first_layer + span.num_layers)
         seen += [(layer, i) for layer in layers for i in positions]
-        run = run_of(block.pages)
-        assert (run is not None) == (np.diff(block.pages) == 1).all()
-        assert run is None or (np.arange(run.start, run.stop) == block.pages).all()
+        run = contiguous_slice(span.pages)
+        assert (run is not None) == (np.diff(span.pages) == 1).all()
+        assert run is None or (np.arange(run.start, run.stop) == span.pages).all()
     assert sorted(seen) == [(layer, i) for layer in range(num_layers) for i in range(len(pages))]
 
 
@@ -71,9 +76,10 @@ def test_an_open_page_of_a_large_model_fits_the_wire() -> None:
     """80 layers of 8 heads: 20 MB of rows, in blocks within the limit."""
     page = np.array([1])
     row_bytes = 2 * 8 * 128 * 2
-    blocks = list(cut_rows(BlockKind.OPEN_ROWS, page, 63, 80, row_bytes, 2**20))
-    assert sum(block.num_layers for block in blocks) == 80
-    assert max(block.num_layers * 63 * row_bytes for block in blocks) <= MAX_BLOCK_BYTES
+    blocks = cut_rows(BlockKind.OPEN_ROWS, page, 63, 80, row_bytes, 2**20)
+    spans = [span_of(block) for block in blocks]
+    assert sum(span.num_layers for span in spans) == 80
+    assert max(span.num_layers * 63 * row_bytes for span in spans) <= MAX_BLOCK_BYTES
 
 
 def test_buffers_are_used_again_and_all_come_back() -> None:

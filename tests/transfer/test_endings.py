@@ -36,7 +36,7 @@ def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
         prefill.open(1)
         decode.announce(1, [proxy.endpoint])
         decode.start(1, pages)
-        wait_for(lambda: 1 in prefill.asked)
+        wait_for(lambda: 1 in prefill.requested)
         original = [layer.pages.clone() for layer in prefill.pool.layers]
         untouched = [layer.pages.clone() for layer in decode.pool.layers]
         proxy.stalled.set()
@@ -44,7 +44,7 @@ def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
         wait_for(lambda: prefill.thread.rooms[1].bytes_sent > 11_000_000)
         for layer in prefill.pool.layers:  # no abort is sent: the worst order of events
             layer.pages.fill_(0x55)
-        prefill.outcomes[1].ticket.fail("aborted")
+        prefill.outcomes[1].state.fail("aborted")
         failures = decode.thread.metrics.checksum_failures._value.get()
         proxy.stalled.clear()
         wait_for(lambda: decode.thread.metrics.checksum_failures._value.get() > failures)
@@ -68,7 +68,7 @@ def test_a_slow_decode_instance_slows_only_itself() -> None:
         outcome = prefill.open(1)
         held = slow.announce(1, [prefill.endpoint])
         slow.start(1, got)
-        wait_for(lambda: 1 in prefill.asked)
+        wait_for(lambda: 1 in prefill.requested)
         slow.thread.post(gate.wait)  # it takes nothing from its socket from now on
         prefill.send(1, sent, num_tokens)
         prefill.pool.sink_slots.acquire(torch.tensor([60]))
@@ -107,7 +107,7 @@ def test_abort_reaches_the_other_side() -> None:
             out, result = prefill.open(room), decode.announce(room, [prefill.endpoint])
             got = take_pages(decode.pool, 200, 1 + 10 * room)
             decode.start(room, got)
-            wait_for(lambda room=room: room in prefill.asked)
+            wait_for(lambda room=room: room in prefill.requested)
             (prefill if by == "prefill" else decode).close(room, "user left")
             other = result if by == "prefill" else out
             wait_for(lambda other=other: bool(other.result), 2.0)
@@ -122,8 +122,8 @@ def test_no_byte_is_written_after_the_scheduler_ended_a_transfer() -> None:
         decode.announce(1, [prefill.endpoint])
         got = take_pages(decode.pool, 1200, 1)
         decode.start(1, got)
-        wait_for(lambda: 1 in prefill.asked)
-        decode.outcomes[1].ticket.fail("ended")
+        wait_for(lambda: 1 in prefill.requested)
+        decode.outcomes[1].state.fail("ended")
         before = [layer.pages.clone() for layer in decode.pool.layers]
         prefill.send(1, take_pages(prefill.pool, 1200, 1), 1200)
         time.sleep(0.5)

@@ -14,9 +14,8 @@ import pytest
 import torch
 import zmq
 
-from sgl_kvq.transfer.decode.assembly import Landing
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.prefill import rooms as outbound
+from sgl_kvq.transfer.prefill import sender
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
     WIRE_VERSION,
@@ -25,7 +24,7 @@ from sgl_kvq.transfer.protocol.header import (
     parse_header,
 )
 from sgl_kvq.transfer.protocol.messages import Ack, Done, Hello, Nack, Request, pack_message
-from sgl_kvq.transfer.runtime import workers as helpers
+from sgl_kvq.transfer.runtime import workers
 from tests.support.proxy import Proxy
 from tests.support.transfer_pair import (
     DecodeSide,
@@ -38,7 +37,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=6.0, block_bytes=16384, window_bytes=131072, helpers=2)
+CONFIG = TransferConfig(deadline_s=6.0, block_bytes=16384, window_bytes=131072, workers=2)
 NUM_TOKENS = 1000
 
 
@@ -73,14 +72,18 @@ class Lab:
         wait_for(lambda: not self.prefill.thread.rooms, 3 * CONFIG.deadline_s)
         for room in self.decode.outcomes:
             self.decode.close(room)
-        wait_for(lambda: not any(link.in_use for link in self.decode.thread.links.values()))
+        wait_for(
+            lambda: (
+                not any(connection.in_use for connection in self.decode.thread.connections.values())
+            )
+        )
         assert all(peer.bytes_in_flight == 0 for peer in self.prefill.thread.peers.values())
 
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """With helpers for full blocks and without for others, and no thread left behind."""
-    monkeypatch.setattr(helpers, "HELPED_BYTES", 12_000)
+    """With workers for full blocks and without for others, and no thread left behind."""
+    monkeypatch.setattr(workers, "MIN_POOLED_BYTES", 12_000)
     lab = Lab()
     with stopped(lab.prefill, lab.decode, lab.direct):
         yield lab
@@ -100,7 +103,7 @@ def flip(data: bytes) -> bytes:
 )
 def test_damaged_stream_is_repaired(lab: Lab, damage: Callable[[bytes], bytes]) -> None:
     out, result, got = lab.begin(1, lab.decode, lab.proxy.endpoint)
-    wait_for(lambda: 1 in lab.prefill.asked)
+    wait_for(lambda: 1 in lab.prefill.requested)
     lab.proxy.damage_once(damage)
     lab.prefill.send(1, lab.sent, NUM_TOKENS)
     lab.others_go_on(2)
@@ -124,7 +127,7 @@ def test_a_bad_block_alone_is_sent_again(lab: Lab) -> None:
 
 def test_a_bad_header_hurts_its_own_block(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks beside it in its message are taken, it alone is sent again."""
-    pack, damaged, most_frames = outbound.pack_header, [], 0
+    pack, damaged, most_frames = sender.pack_header, [], 0
     take = lab.decode.thread.on_frames
     retries = lab.prefill.thread.metrics.retries._value
 
@@ -140,7 +143,7 @@ def test_a_bad_header_hurts_its_own_block(lab: Lab, monkeypatch: pytest.MonkeyPa
         most_frames = max(most_frames, len(frames))
         take(socket, frames)
 
-    monkeypatch.setattr(outbound, "pack_header", damage_once)
+    monkeypatch.setattr(sender, "pack_header", damage_once)
     monkeypatch.setattr(lab.decode.thread, "on_frames", on_frames)
     before = retries.get()
     out, result, got = lab.begin(1, lab.decode, lab.prefill.endpoint)
@@ -157,12 +160,12 @@ def damage_fourth_block(side: DecodeSide, seen: list[int]) -> None:
     """Flip a bit of the fourth block right before the decode rank looks at it."""
     original = side.thread._on_block
 
-    def on_block(link: Any, header: BlockHeader, payload: memoryview) -> Landing:
+    def on_block(connection: Any, header: BlockHeader, payload: memoryview) -> Any:
         data = bytearray(payload)
         if header.seq == 3 and not seen:
             seen.append(header.seq)
             data[100] ^= 4
-        return original(link, header, memoryview(data))
+        return original(connection, header, memoryview(data))
 
     side.thread._on_block = on_block  # type: ignore[method-assign]
 
@@ -189,7 +192,7 @@ def test_cut_connection_at_every_stage(lab: Lab, after_bytes: int) -> None:
 
 def test_a_stall_beyond_the_deadline_ends_on_both_sides(lab: Lab) -> None:
     out, result, _ = lab.begin(1, lab.decode, lab.proxy.endpoint)
-    wait_for(lambda: 1 in lab.prefill.asked)
+    wait_for(lambda: 1 in lab.prefill.requested)
     lab.proxy.stalled.set()
     lab.proxy.refusing = True
     began = time.monotonic()
@@ -205,7 +208,7 @@ def test_a_stall_beyond_the_deadline_ends_on_both_sides(lab: Lab) -> None:
 
 def test_a_restarted_prefill_instance_is_noticed(lab: Lab) -> None:
     out, result, _ = lab.begin(1, lab.decode, lab.proxy.endpoint)
-    wait_for(lambda: 1 in lab.prefill.asked)
+    wait_for(lambda: 1 in lab.prefill.requested)
     port = lab.prefill.thread.port
     lab.prefill.thread.stop()
     assert out.result == "failed"
@@ -226,10 +229,10 @@ def raw_peer(lab: Lab, identity: bytes = b"stranger") -> zmq.Socket[bytes]:
 def test_messages_of_another_peer_change_nothing(lab: Lab) -> None:
     """A peer that passed the handshake cannot end, acknowledge or take another's transfer."""
     out, result, got = lab.begin(1, lab.decode, lab.proxy.endpoint)
-    wait_for(lambda: 1 in lab.prefill.asked)
+    wait_for(lambda: 1 in lab.prefill.requested)
     nonce = lab.decode.nonces[1]
     socket = raw_peer(lab)
-    hello = Hello(WIRE_VERSION, 1, lab.prefill.thread.fingerprint)
+    hello = Hello(WIRE_VERSION, 1, lab.prefill.thread.fingerprint, ["identity"])
     ask = Request(1, nonce, 0, 16, 0, 4, 1, [])
     for message in (hello, Done(1, nonce), Ack(1, nonce, [0, 1]), Nack(1, nonce, [0]), ask):
         socket.send_multipart([b"C", pack_message(message)])
@@ -250,7 +253,7 @@ def test_any_bytes_leave_both_sides_running(lab: Lab) -> None:
     """Random, mutated, replayed and reordered frames to both sides, then a normal transfer."""
     generator = random.Random(7)
     out, result, _ = lab.begin(1, lab.decode, lab.proxy.endpoint)
-    wait_for(lambda: 1 in lab.prefill.asked)
+    wait_for(lambda: 1 in lab.prefill.requested)
     socket = raw_peer(lab)
     for _ in range(300):
         frames = [

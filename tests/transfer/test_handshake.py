@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from sgl_kvq.errors import TransferError
-from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.handshake import check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
@@ -39,7 +39,7 @@ def test_handshake_names_both_values(other: dict[str, str], words: str) -> None:
         result = decode.announce(1, [prefill.endpoint])
         wait_for(lambda: bool(result.result))
         assert words in result.reason
-        assert decode.thread.link_state(prefill.endpoint)[0] is LinkState.REFUSED
+        assert decode.thread.connection_state(prefill.endpoint)[0] is ConnectionState.REFUSED
 
 
 def test_handshake_compares_everything() -> None:
@@ -72,7 +72,7 @@ def test_another_wire_version_is_refused_with_both_versions() -> None:
     socket.linger = 0
     with stopped(prefill), socket:
         socket.connect(prefill.endpoint)
-        hello = Hello(WIRE_VERSION + 1, 1, prefill.thread.fingerprint)
+        hello = Hello(WIRE_VERSION + 1, 1, prefill.thread.fingerprint, [])
         socket.send_multipart([b"C", pack_message(hello)])
         assert socket.poll(5000)
         answer = parse_message(socket.recv_multipart()[1])

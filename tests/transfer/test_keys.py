@@ -1,18 +1,16 @@
-"""`python -m sgl_kvq keys`, and what the options of `kvq-zmq` refuse."""
+"""`python -m sgl_kvq keys`, addresses, and the digest of a model's weights."""
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pytest
 
 from sgl_kvq.__main__ import main
-from sgl_kvq.errors import ConfigError
-from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
-from sgl_kvq.transfer.options import TransferConfig, is_loopback
+from sgl_kvq.transfer.options import is_loopback
 from sgl_kvq.transfer.protocol.handshake import weights_digest
 
 
@@ -32,53 +30,33 @@ def test_keys_are_made_once_and_for_their_owner_only(
     assert main(["keys", str(tmp_path / "b"), "--decode", "../up"]) == 1
 
 
-def options(**changes: Any) -> TransferConfig:
-    fields = {name: field.default for name, field in TransferArgs.__dataclass_fields__.items()}
-    return transfer_config(SimpleNamespace(**(fields | changes)))
+def test_loopback_addresses() -> None:
+    local = ("127.0.0.1", "::1", "localhost")
+    assert all(is_loopback(host) for host in local)
+    assert not is_loopback("10.0.0.1")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("deadline_s", 0.1, "1 to 3600"),
-        ("port", 70000, "0 to 65535"),
-        ("block_kb", 1, "block-kb"),
-        ("block_kb", 100_000, "block-kb"),
-        ("window_mb", 0.5, "at least one block"),
-        ("host", "0.0.0.0", "keys"),
-        ("host", "example.org", "keys"),
-        ("advertise", ":1", "HOST or HOST:PORT"),
-        ("advertise", "host:x", "HOST or HOST:PORT"),
-        ("codec", "rar", "identity, lz4, zstd"),
-    ],
-)
-def test_wrong_options_are_one_line(name: str, value: object, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as error:
-        options(**{f"kv_quant_transfer_{name}": value})
-    assert "\n" not in str(error.value)
+def write_safetensors(path: Path, values: np.ndarray) -> None:
+    """Two tensors of the same values, in the layout of the safetensors format."""
+    half = values.nbytes // 2
+    tensors = {
+        name: {"dtype": "F32", "shape": [half // 4], "data_offsets": [begin, begin + half]}
+        for name, begin in (("first", 0), ("second", half))
+    }
+    header = json.dumps(tensors).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
 
 
-def test_addresses() -> None:
-    assert options(kv_quant_transfer_advertise="10.0.0.1:7").advertise == ("10.0.0.1", 7)
-    assert options(kv_quant_transfer_advertise="host").advertise == ("host", 0)
-    assert options(kv_quant_transfer_advertise="[::1]:7").advertise == ("::1", 7)
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "10.0.0.1")] == [
-        True,
-        True,
-        True,
-        False,
-    ]
-
-
-def test_other_weights_have_another_digest(tiny_model_path: str, tmp_path: Path) -> None:
-    """One value changed in the middle of one tensor's first bytes; the file's size stays."""
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_model_path, copy)
-    assert weights_digest(str(copy)) == weights_digest(tiny_model_path)
-    (weights,) = copy.glob("*.safetensors")
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert weights_digest(str(copy)) != weights_digest(tiny_model_path)
+@pytest.mark.parametrize("place", [0, 2000, 3999], ids=["first", "between", "last"])
+def test_other_weights_have_another_digest(tmp_path: Path, place: int) -> None:
+    """One value of one tensor changed; the sizes stay."""
+    values = np.arange(4000, dtype=np.float32)
+    digests = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        write_safetensors(folder / "model.safetensors", values)
+        digests.add(weights_digest(str(folder)))
+    assert len(digests) == 1
+    values[place] += 1
+    write_safetensors(tmp_path / "a" / "model.safetensors", values)
+    assert weights_digest(str(tmp_path / "a")) not in digests

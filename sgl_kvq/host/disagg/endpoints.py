@@ -18,26 +18,26 @@ from sgl_kvq.host.names import (
     KVPoll,
     KVTransferError,
 )
-from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows
-from sgl_kvq.transfer.decode.assembly import InTransfer
-from sgl_kvq.transfer.decode.link import LinkState
+from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, metadata_block
+from sgl_kvq.transfer.decode.assembly import IncomingTransfer
+from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.protocol.header import BlockKind
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class _Poller:
-    """What sender and receiver share: SGLang polls them and asks why they failed."""
+    """Base of sender and receiver: SGLang polls them for the status and the failure."""
 
     kv_mgr: KvqManager
     bootstrap_room: int
     conclude_state: Any
-    ticket: RequestState
+    request_state: RequestState
 
     def poll(self) -> Any:
         """SGLang's `KVPoll` of this request."""
         if self.conclude_state is None:
             if not self.kv_mgr.thread.is_alive():
-                self.ticket.fail("the transfer thread has ended")
+                self.request_state.fail("the transfer thread has ended")
             status = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Failed)
             if status not in (KVPoll.Success, KVPoll.Failed):
                 return status
@@ -81,9 +81,9 @@ class KvqSender(_Poller, CommonKVSender):
             pp_rank,
             req_has_disagg_prefill_dp_rank,
         )
-        self.ticket = mgr.make_ticket(bootstrap_room)
+        self.request_state = mgr.make_request_state(bootstrap_room)
         self.num_tokens = 0
-        mgr.thread.open_room(bootstrap_room, self.ticket)
+        mgr.thread.open_room(bootstrap_room, self.request_state)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens the decode instance has already, a multiple of the page size."""
@@ -119,8 +119,7 @@ class KvqSender(_Poller, CommonKVSender):
         self._record_transfer_indices(pages, state_indices)
         blocks = self._cut(pages, num_kv_tokens)
         if is_last:
-            data = self.kv_mgr.read_metadata(self.aux_index)
-            blocks.append(Block(BlockKind.METADATA, data=data))
+            blocks.append(metadata_block(self.kv_mgr.read_metadata(self.aux_index)))
         self.kv_mgr.thread.add_blocks(self.bootstrap_room, blocks, is_last)
 
     def _cut(self, page_indices: npt.NDArray[np.int32], num_new_tokens: int) -> list[Block]:
@@ -153,15 +152,15 @@ class KvqSender(_Poller, CommonKVSender):
     def abort(self) -> None:
         """Give up and tell the decode instance; SGLang frees the pages right after."""
         reason = "the request was aborted at the prefill instance"
-        self.ticket.fail(reason)
+        self.request_state.fail(reason)
         self.conclude_state = KVPoll.Failed
-        self.kv_mgr.thread.close_room(self.bootstrap_room, self.ticket, reason)
+        self.kv_mgr.thread.close_room(self.bootstrap_room, self.request_state, reason)
 
     def clear(self) -> None:
         """Forget the request; a decode instance that still waits is told."""
-        self.ticket.forget()
+        self.request_state.forget()
         self.kv_mgr.thread.close_room(
-            self.bootstrap_room, self.ticket, "the prefill instance dropped the request"
+            self.bootstrap_room, self.request_state, "the prefill instance dropped the request"
         )
         CommonKVSender.clear(self)
 
@@ -173,7 +172,7 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         self, mgr: KvqManager, bootstrap_addr: str, bootstrap_room: int | None = None
     ) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
-        self.ticket = mgr.make_ticket(self.bootstrap_room)
+        self.request_state = mgr.make_request_state(self.bootstrap_room)
         self.nonce = secrets.randbits(64)
         self.endpoints: list[str] = []
         self.has_pages = False
@@ -184,19 +183,21 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         if self.conclude_state == KVPoll.Failed:
             return
         self.endpoints = list(dict.fromkeys(endpoint_of(info) for info in self.bootstrap_infos))
-        self.kv_mgr.thread.announce(self.endpoints, self.bootstrap_room, self.nonce, self.ticket)
+        self.kv_mgr.thread.announce(
+            self.endpoints, self.bootstrap_room, self.nonce, self.request_state
+        )
 
     def poll(self) -> Any:
-        """As the base; a request waits until all its prefill ranks passed the handshake."""
+        """SGLang's `KVPoll`; a request waits until all its prefill ranks passed the handshake."""
         status = super().poll()
         if status != KVPoll.WaitingForInput or self.has_pages:
             return status
         for endpoint in self.endpoints:
-            state, reason = self.kv_mgr.thread.link_state(endpoint)
-            if state is LinkState.REFUSED:
-                self.ticket.fail(reason)
+            state, reason = self.kv_mgr.thread.connection_state(endpoint)
+            if state is ConnectionState.REFUSED:
+                self.request_state.fail(reason)
                 return super().poll()
-            if state is LinkState.CONNECTING:
+            if state is ConnectionState.CONNECTING:
                 return KVPoll.Bootstrapping
         return status
 
@@ -217,16 +218,18 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         """
         self.has_pages = True
         manager = self.kv_mgr
-        transfer = InTransfer(
+        transfer = IncomingTransfer(
             self.bootstrap_room,
             self.nonce,
-            self.ticket,
+            self.request_state,
             (decode_prefix_len or 0) // PAGE_SIZE,
             np.asarray(kv_indices, dtype=np.int64),
             manager.access.fence(),
             lambda data: manager.write_metadata(aux_index or 0, data),
         )
-        self.ticket.advance(lambda: manager.update_status(self.bootstrap_room, KVPoll.Transferring))
+        self.request_state.advance(
+            lambda: manager.update_status(self.bootstrap_room, KVPoll.Transferring)
+        )
         manager.thread.start_transfer(transfer, self.endpoints, self.required_dst_info_num)
 
     def abort(self) -> None:
@@ -234,20 +237,20 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         reason = self.kv_mgr.refusals.get(
             self.bootstrap_addr, "the request was aborted at the decode instance"
         )
-        self.ticket.fail(reason)
+        self.request_state.fail(reason)
         self.conclude_state = KVPoll.Failed
         self._close(reason)
 
     def clear(self) -> None:
         """Forget the request."""
-        self.ticket.forget()
+        self.request_state.forget()
         self._close("the decode instance dropped the request")
         self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
         CommonKVReceiver.clear(self)
 
     def _close(self, reason: str) -> None:
         self.kv_mgr.thread.close_room(
-            self.endpoints, self.bootstrap_room, self.nonce, self.ticket, reason
+            self.endpoints, self.bootstrap_room, self.nonce, self.request_state, reason
         )
 
 

@@ -13,7 +13,7 @@ from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.host.server_args import quant_config
 from sgl_kvq.host.transfer_args import transfer_config
-from sgl_kvq.memory_pool.page_io.cuda import open_pool
+from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.transfer.blocks import heads_of_rank
 from sgl_kvq.transfer.decode.client import DecodeThread
 from sgl_kvq.transfer.prefill.server import PrefillThread
@@ -46,7 +46,7 @@ class KvqManager(CommonKVManager):
         """Open the transfer thread; `plugin` calls this once the pool is known.
 
         Args:
-            pool: Of this rank.
+            pool: The pool of this rank.
             num_kv_heads: KV heads of the model, over all ranks.
             forward_stream: Stream that SGLang runs the model on.
 
@@ -75,7 +75,7 @@ class KvqManager(CommonKVManager):
                 fingerprint,
                 instance,
                 self.attn_tp_rank,
-                self._on_asked,
+                self._on_requested,
                 lambda room: self.update_status(room, KVPoll.Transferring),
                 lambda room: self.update_status(room, KVPoll.Success),
             )
@@ -92,7 +92,7 @@ class KvqManager(CommonKVManager):
                 fingerprint,
                 instance,
                 lambda transfer: self.update_status(transfer.room, KVPoll.Success),
-                self._on_link_down,
+                self._on_disconnect,
             )
         self.thread.start()
 
@@ -102,25 +102,25 @@ class KvqManager(CommonKVManager):
             super().register_to_bootstrap()
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """As SGLang's, but a prefill instance that does not fit fails its requests, not us."""
+        """Call SGLang's; a prefill instance that does not fit fails its requests, not this rank."""
         try:
             return bool(super().try_ensure_parallel_info(bootstrap_addr))
         except (RuntimeError, AssertionError) as error:
             self.refusals[bootstrap_addr] = str(error)
             return False
 
-    def _on_asked(self, room: int, request: Request) -> None:
+    def _on_requested(self, room: int, request: Request) -> None:
         self.req_to_decode_prefix_len[room] = request.prefix_pages * PAGE_SIZE
         self.update_status(room, KVPoll.WaitingForInput)
 
-    def _on_link_down(self, endpoint: str) -> None:
+    def _on_disconnect(self, endpoint: str) -> None:
         """The prefill instance may come back elsewhere: ask its bootstrap server again."""
         with self.connection_lock:
             for key, infos in list(self.connection_pool.items()):
                 if any(endpoint_of(info) == endpoint for info in infos):
                     del self.connection_pool[key]
 
-    def make_ticket(self, room: int) -> RequestState:
+    def make_request_state(self, room: int) -> RequestState:
         """State of a request; a failure shows up in its next poll."""
 
         def fail(reason: str) -> None:

@@ -1,1 +1,1 @@
-"""Reads spans of a pool's pages and rows and writes them."""
+"""Reads spans of a pool's pages and 16-bit rows, and writes them."""

@@ -1,4 +1,4 @@
-"""Bookkeeping of what a decode rank receives (no sockets): a transfer and its parts."""
+"""What a decode rank receives (no sockets): transfers, their parts by prefill rank, blocks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from sgl_kvq.errors import WireError
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
-from sgl_kvq.transfer.blocks import HeadRange, PageIds
-from sgl_kvq.transfer.codecs import decode_payload
-from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, Buffer, check_payload
+from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.memory_pool.page_io.span import Buffer, HeadRange, PageIds, PageSpan, SpanKind
+from sgl_kvq.transfer.codecs.registry import decode_payload
+from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, check_payload
 from sgl_kvq.transfer.protocol.messages import MAX_LIST, Request
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
 Bools = npt.NDArray[np.bool_]
-_NOTHING, _NOT_OURS = np.zeros(0, dtype=bool), np.zeros(1, dtype=bool)
+_NO_PLACE, _INVALID_PLACE = np.zeros(0, dtype=bool), np.zeros(1, dtype=bool)
 
 
-class InTransfer:
-    """Pages that wait for their bytes, shared by the parts that arrive from each prefill rank.
+class IncomingTransfer:
+    """Pages that wait for their bytes, in one part from each prefill rank.
 
     Args:
         room: SGLang's `bootstrap_room`.
-        nonce: Drawn for this transfer, uint64.
-        ticket: Its state; blocks are written by its `write`, so that nothing is written once the
-            scheduler thread has ended the transfer.
-        prefix_pages: Pages that are here already.
+        nonce: Random number of this transfer, uint64.
+        state: State of the request; blocks are written by its `write`, so that nothing is written
+            once the scheduler thread has ended the transfer.
+        prefix_pages: Leading pages of the sequence that are here already.
         pages: int64 [n], where the other pages go in the pool.
         fence: `PoolAccess.fence` after the pages were allocated.
         store_metadata: Called with SGLang's record of the first token.
@@ -40,17 +42,17 @@ class InTransfer:
         self,
         room: int,
         nonce: int,
-        ticket: RequestState,
+        state: RequestState,
         prefix_pages: int,
         pages: PageIds,
         fence: list[Any],
         store_metadata: Callable[[bytes], None],
     ) -> None:
-        self.room, self.nonce, self.ticket = room, nonce, ticket
+        self.room, self.nonce, self.state = room, nonce, state
         self.prefix_pages, self.pages, self.fence = prefix_pages, pages, fence
         self.store_metadata = store_metadata
         self.metadata: bytes | None = None
-        self.parts: list[InPart] = []
+        self.parts: list[IncomingPart] = []
         self.started = time.monotonic()
 
     @property
@@ -59,25 +61,26 @@ class InTransfer:
         return all(part.complete for part in self.parts)
 
 
-class Landing(Job):
-    """A block on its way from the socket to the pool: verified, decoded, written.
+class IncomingBlock(Job):
+    """Job that verifies a received block, decodes it and writes it to the pool.
 
     Args:
-        part: Whose it is.
-        header: Of the block.
-        payload: As received.
-        left: What it fills, claimed for it; None if it is here already.
+        part: The part of a transfer that it belongs to.
+        header: Its header.
+        payload: Payload as received.
+        place: Flags of what it fills, cleared when it was claimed; None for a duplicate of a block
+            that is written.
     """
 
     def __init__(
-        self, part: InPart, header: BlockHeader, payload: Buffer, left: Bools | None
+        self, part: IncomingPart, header: BlockHeader, payload: Buffer, place: Bools | None
     ) -> None:
         super().__init__(len(payload))
-        self.part, self.header, self.payload, self.left = part, header, payload, left
-        self.done = left is None
+        self.part, self.header, self.payload, self.place = part, header, payload, place
+        self.done = place is None
 
+    @override
     def work(self) -> None:
-        """As the base."""
         check_payload(self.header, self.payload)
         raw = decode_payload(self.header.codec, self.payload, self.header.raw_bytes)
         if self.header.kind is BlockKind.METADATA:
@@ -86,51 +89,54 @@ class Landing(Job):
             self.part.write(self.header, raw)
 
 
-class InPart:
-    """What one prefill rank sends of a transfer.
+class IncomingPart:
+    """The part of a transfer that one prefill rank sends.
 
     Args:
         transfer: The transfer.
         access: The pool of this rank.
         fingerprint: Digest that every block must carry.
-        peers: Decode ranks that ask this prefill rank for the room.
+        peers: Decode ranks that send this prefill rank a request for the room.
+
+    Attributes:
+        heads: KV heads that the prefill rank sends, known after the handshake.
+        received: Blocks that are written.
+        num_blocks: Blocks of the part; None until the metadata arrived.
+        acks: Blocks to acknowledge.
+        nacks: Blocks to request again.
+        done_sent: Whether the prefill rank was told that everything is written.
     """
 
     def __init__(
-        self, transfer: InTransfer, access: PoolAccess, fingerprint: int, peers: int
+        self, transfer: IncomingTransfer, access: PoolAccess, fingerprint: int, peers: int
     ) -> None:
         self.transfer, self._access, self._fingerprint = transfer, access, fingerprint
         self.peers = peers
         self.heads = HeadRange(0, 0)
         self.received: set[int] = set()
-        self._landing: set[int] = set()
+        self._being_written: set[int] = set()
         self.num_blocks: int | None = None
         self.acks: list[int] = []
         self.nacks: list[int] = []
-        self.said_done = False
-        self.last_sign = self.last_progress = time.monotonic()
+        self.done_sent = False
+        self.last_heard = self.last_progress = time.monotonic()
         self.wire_bytes = 0
-        # What has been written: closed pages by layer, and the two kinds of 16-bit rows by layer.
+        # What is neither written nor claimed: closed pages by layer, 16-bit rows by layer.
         num_layers, num_pages = access.num_layers, len(transfer.pages)
-        self._pages_left = np.ones((num_layers, num_pages), dtype=bool)
-        sink_slot, open_slot = (
-            access.held_slots(transfer.pages, transfer.fence) if num_pages else (0, 0)
-        )
-        has_open, has_sink = open_slot > 0, sink_slot > 0
-        self._slots = {
-            BlockKind.OPEN_ROWS: np.array([open_slot]),
-            BlockKind.SINK_ROWS: np.array([sink_slot]),
-        }
-        if num_pages and has_open:
-            self._pages_left[:, -1] = False  # the last page arrives as rows
-        closed_first = num_pages > (1 if has_open else 0) and transfer.prefix_pages == 0
-        self._rows_left = {
-            BlockKind.OPEN_ROWS: np.full(num_layers, bool(num_pages) and has_open),
-            BlockKind.SINK_ROWS: np.full(num_layers, has_sink and closed_first),
+        held = access.held_rows(transfer.pages, transfer.fence) if num_pages else frozenset()
+        has_open = SpanKind.OPEN_ROWS in held
+        has_sink = SpanKind.SINK_ROWS in held
+        self._pages_missing = np.ones((num_layers, num_pages), dtype=bool)
+        if has_open:
+            self._pages_missing[:, -1] = False  # the last page arrives as rows
+        first_is_closed = num_pages > int(has_open) and transfer.prefix_pages == 0
+        self._rows_missing = {
+            BlockKind.OPEN_ROWS: np.full(num_layers, has_open),
+            BlockKind.SINK_ROWS: np.full(num_layers, has_sink and first_is_closed),
         }
 
     def request(self) -> Request:
-        """The message that asks for everything that is not here yet."""
+        """The message that requests everything that is not here yet."""
         transfer = self.transfer
         return Request(
             room=transfer.room,
@@ -146,107 +152,111 @@ class InPart:
     @property
     def complete(self) -> bool:
         """Whether every block has been verified and written."""
-        if self._landing or self.num_blocks is None or len(self.received) != self.num_blocks:
+        if self._being_written or self.num_blocks is None or len(self.received) != self.num_blocks:
             return False
-        return not self._pages_left.any() and not any(
-            rows.any() for rows in self._rows_left.values()
+        return not self._pages_missing.any() and not any(
+            rows.any() for rows in self._rows_missing.values()
         )
 
-    def begin(self, header: BlockHeader, payload: Buffer) -> Landing:
-        """Claim the place of a block, so that nothing else is written there.
+    def claim(self, header: BlockHeader, payload: Buffer) -> IncomingBlock | None:
+        """Claim the place of a block, so that no other block is written there.
 
         Args:
-            header: Of this room and nonce.
-            payload: As received.
+            header: Header with this room and nonce.
+            payload: Payload as received.
 
         Returns:
-            What is to be run in any thread, unless it is done, and then settled.
+            The job that writes it, to run in any thread unless it is done, and then to `record`;
+            None if the same block is being written.
 
         Raises:
-            WireError: the block does not belong into this transfer, or is being written.
+            WireError: the block does not belong to this transfer; sending it again cannot help.
         """
         if header.seq in self.received:
-            return Landing(self, header, payload, None)
-        if header.seq in self._landing:
-            raise WireError(f"block {header.seq}: arrived twice and is being written")
-        left = self._check_header(header)
-        left[:] = False
-        self._landing.add(header.seq)
-        return Landing(self, header, payload, left)
+            return IncomingBlock(self, header, payload, None)
+        if header.seq in self._being_written:
+            return None
+        place = self._check_header(header)
+        place[:] = False
+        self._being_written.add(header.seq)
+        return IncomingBlock(self, header, payload, place)
 
-    def settle(self, landing: Landing) -> bool:
-        """Note what became of a block.
+    def record(self, block: IncomingBlock) -> bool:
+        """Note the result of a job.
 
         Returns:
-            False for a block that was here already.
+            False for a duplicate of a block that was written before.
 
         Raises:
             ChecksumError: the block must be sent again.
-            WireError: the block makes no sense; nothing was written.
+            Exception: the job failed; sending the block again cannot help.
         """
-        header = landing.header
-        if landing.left is None:
+        header = block.header
+        if block.place is None:
             return False
-        self._landing.discard(header.seq)
-        if landing.error is not None:
-            landing.left[:] = True
-            raise landing.error
+        self._being_written.discard(header.seq)
+        if block.error is not None:
+            block.place[:] = True
+            raise block.error
         if header.kind is BlockKind.METADATA:
             self.num_blocks = header.seq + 1
-            self.transfer.metadata = self.transfer.metadata or bytes(landing.payload)
+            self.transfer.metadata = self.transfer.metadata or bytes(block.payload)
         self.received.add(header.seq)
         self.wire_bytes += header.wire_bytes
         self.last_progress = time.monotonic()
         return True
 
     def _check_header(self, header: BlockHeader) -> Bools:
-        """What a block fills; refuse one outside the transfer's own pages, slots, layers, heads."""
+        """Flags of the place of a block, all set.
+
+        Raises:
+            WireError: the place is outside the transfer's own pages, slots, layers and heads, or
+                claimed.
+        """
         if header.fingerprint != self._fingerprint:
             raise WireError(f"block {header.seq}: made for another format or model")
         if header.kind is BlockKind.METADATA:
-            return _NOTHING
+            return _NO_PLACE
         if header.first_head != self.heads.first or header.num_heads != self.heads.count:
             raise WireError(
-                f"block {header.seq}: {header.num_heads} heads from {header.first_head}, asked for "
-                f"{self.heads.count} from {self.heads.first}"
+                f"block {header.seq}: expected {self.heads.count} heads from {self.heads.first}, "
+                f"got {header.num_heads} from {header.first_head}"
             )
-        if (
-            header.num_layers == 0
-            or header.first_layer + header.num_layers > self._access.num_layers
-        ):
+        end_layer = header.first_layer + header.num_layers
+        if header.num_layers == 0 or end_layer > self._access.num_layers:
             raise WireError(
-                f"block {header.seq}: layers {header.first_layer} to "
-                f"{header.first_layer + header.num_layers} of {self._access.num_layers}"
+                f"block {header.seq}: layers {header.first_layer} to {end_layer} of "
+                f"{self._access.num_layers}"
             )
-        left = self._left(header)
-        if np.count_nonzero(left) != left.size:  # a tenth of the time of `all`
+        place = self._place(header)
+        if np.count_nonzero(place) != place.size:  # a tenth of the time of `all`
             raise WireError(f"block {header.seq}: its place is taken or not part of the transfer")
-        return left
+        return place
 
-    def _left(self, header: BlockHeader) -> Bools:
-        """What the block would fill, as bools; all True if nothing of it is filled."""
+    def _place(self, header: BlockHeader) -> Bools:
+        """Flags of what the block would fill; not all set if it cannot be filled."""
         layers = slice(header.first_layer, header.first_layer + header.num_layers)
         if header.kind is not BlockKind.PAGES:
-            rows = self._access.pool.plan.sink_tokens
-            if header.num_pages or not (
-                0 < header.num_rows < 64
-                if header.kind is BlockKind.OPEN_ROWS
-                else header.num_rows == rows
-            ):
-                return _NOT_OURS
-            return self._rows_left[header.kind][layers]
+            if header.kind is BlockKind.OPEN_ROWS:
+                fits = 0 < header.num_rows < PAGE_SIZE
+            else:
+                fits = header.num_rows == self._access.pool.plan.sink_tokens
+            if header.num_pages or not fits:
+                return _INVALID_PLACE
+            return self._rows_missing[header.kind][layers]
         first = header.first_page - self.transfer.prefix_pages
         end = first + header.num_pages
         if header.num_pages == 0 or first < 0 or end > len(self.transfer.pages):
-            return _NOT_OURS
-        return self._pages_left[layers, first:end]
+            return _INVALID_PLACE
+        return self._pages_missing[layers, first:end]
 
     def write(self, header: BlockHeader, raw: Buffer) -> None:
         """Write a verified block whose place is claimed; in any thread."""
-        transfer = self.transfer
-        if header.kind is BlockKind.PAGES:
-            first = header.first_page - transfer.prefix_pages
-            place = transfer.pages[first : first + header.num_pages]
+        pages, kind = self.transfer.pages, SpanKind(header.kind)
+        if kind is SpanKind.PAGES:
+            first = header.first_page - self.transfer.prefix_pages
+            pages = pages[first : first + header.num_pages]
         else:
-            place = self._slots[header.kind]
-        transfer.ticket.write(lambda: self._access.write(header, raw, place))
+            pages = pages[-1:] if kind is SpanKind.OPEN_ROWS else pages[:1]
+        span = PageSpan(kind, pages, header.first_layer, header.num_layers, header.num_rows)
+        self.transfer.state.write(lambda: self._access.write(span, self.heads, raw))

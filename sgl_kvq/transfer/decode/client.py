@@ -1,4 +1,4 @@
-"""The decode side of the wire: one connection to each prefill rank, nothing listens."""
+"""The decode side of the wire: one connection to each prefill rank, no listening socket."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 
 import zmq
+from typing_extensions import override
 from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.errors import ChecksumError, KvqError, TransferError, WireError
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
-from sgl_kvq.transfer.blocks import HeadRange
-from sgl_kvq.transfer.decode.assembly import InPart, InTransfer, Landing
-from sgl_kvq.transfer.decode.connections import Links
-from sgl_kvq.transfer.decode.link import Link, LinkState
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.memory_pool.page_io.span import HeadRange
+from sgl_kvq.transfer.codecs.registry import decodable
+from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart, IncomingTransfer
+from sgl_kvq.transfer.decode.connections import Connection, Connections, ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
@@ -33,6 +34,7 @@ from sgl_kvq.transfer.protocol.messages import (
     Hello,
     Message,
     Nack,
+    OtherVersion,
     Refuse,
     Welcome,
     parse_message,
@@ -43,6 +45,7 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 logger = logging.getLogger(__name__)
 
 MAX_FINISHED = 1024
+HELLO_INTERVAL_S = 2.0
 
 
 class DecodeThread(TransferThread):
@@ -51,10 +54,10 @@ class DecodeThread(TransferThread):
     Args:
         config: The options.
         access: The pool of this rank.
-        fingerprint: What the prefill instance must have in common.
-        instance: Drawn by this process, uint64.
-        on_success: Called with a transfer, under its ticket's lock, once all of it is written.
-        on_link_down: Called with the endpoint of a connection that broke.
+        fingerprint: Values that the prefill instance must have as well.
+        instance: Random number of this process, uint64.
+        on_success: Called with a transfer, under its state's lock, once all of it is written.
+        on_disconnect: Called with the endpoint of a connection that broke.
     """
 
     def __init__(
@@ -63,178 +66,192 @@ class DecodeThread(TransferThread):
         access: PoolAccess,
         fingerprint: Fingerprint,
         instance: int,
-        on_success: Callable[[InTransfer], None] = lambda transfer: None,
-        on_link_down: Callable[[str], None] = lambda endpoint: None,
+        on_success: Callable[[IncomingTransfer], None] = lambda transfer: None,
+        on_disconnect: Callable[[str], None] = lambda endpoint: None,
     ) -> None:
         super().__init__("decode", config, access, fingerprint, instance)
-        hello = Hello(WIRE_VERSION, instance, fingerprint)
-        self._connections = Links(self.make_socket, self.poller, config, hello)
-        self.links = self._connections.by_endpoint
+        hello = Hello(WIRE_VERSION, instance, fingerprint, decodable())
+        self._connections = Connections(self.make_socket, self.poller, config, hello)
+        self.connections = self._connections.by_endpoint
         self._send = self._connections.send
-        self._on_success, self._on_link_down = on_success, on_link_down
+        self._on_success, self._report_disconnect = on_success, on_disconnect
         self._retry_s = max(1.0, config.deadline_s / 6)
 
     # Called from the scheduler thread.
 
-    def link_state(self, endpoint: str) -> tuple[LinkState, str]:
+    def connection_state(self, endpoint: str) -> tuple[ConnectionState, str]:
         """State of a connection, and why it was refused."""
-        link = self.links.get(endpoint)
-        return (link.state, link.reason) if link else (LinkState.CONNECTING, "")
+        connection = self.connections.get(endpoint)
+        if connection is None:
+            return ConnectionState.CONNECTING, ""
+        return connection.state, connection.reason
 
-    def announce(self, endpoints: list[str], room: int, nonce: int, ticket: RequestState) -> None:
-        """A request has arrived that will be asked for at these prefill ranks."""
-        self.post(lambda: self._announce(endpoints, room, nonce, ticket))
+    def announce(self, endpoints: list[str], room: int, nonce: int, state: RequestState) -> None:
+        """A request has arrived; its pages will be requested from these prefill ranks."""
+        self.post(lambda: self._announce(endpoints, room, nonce, state))
 
-    def start_transfer(self, transfer: InTransfer, endpoints: list[str], peers: int) -> None:
-        """Ask the prefill ranks for a transfer whose pages are allocated."""
+    def start_transfer(self, transfer: IncomingTransfer, endpoints: list[str], peers: int) -> None:
+        """Request a transfer whose pages are allocated from the prefill ranks."""
         self.post(lambda: self._start(transfer, endpoints, peers))
 
     def close_room(
-        self, endpoints: list[str], room: int, nonce: int, ticket: RequestState, reason: str | None
+        self, endpoints: list[str], room: int, nonce: int, state: RequestState, reason: str | None
     ) -> None:
         """The request is over; with a reason, prefill ranks are told."""
-        self.post(lambda: self._close_room(endpoints, room, nonce, ticket, reason))
+        self.post(lambda: self._close_room(endpoints, room, nonce, state, reason))
 
     # Everything below runs in this thread.
 
-    def _announce(self, endpoints: list[str], room: int, nonce: int, ticket: RequestState) -> None:
+    def _announce(self, endpoints: list[str], room: int, nonce: int, state: RequestState) -> None:
         for endpoint in endpoints:
             try:
-                link = self._connections.get_or_connect(endpoint)
+                connection = self._connections.get_or_connect(endpoint)
             except (KvqError, zmq.ZMQError, OSError) as error:
-                ticket.fail(f"prefill instance at {endpoint}: {error}")
+                state.fail(f"prefill instance at {endpoint}: {error}")
                 return
-            if room in link.parts or room in link.waiting:
-                ticket.fail(f"room {room} is taken by another request; rooms must be unique")
+            if room in connection.parts or room in connection.waiting:
+                state.fail(f"room {room} is taken by another request; rooms must be unique")
                 return
-            link.waiting[room] = (nonce, ticket, time.monotonic())
+            connection.waiting[room] = (nonce, state, time.monotonic())
 
-    def _start(self, transfer: InTransfer, endpoints: list[str], peers: int) -> None:
-        links = [self.links.get(endpoint) for endpoint in endpoints]
-        for link in links:
-            if link is None or transfer.room not in link.waiting:
-                transfer.ticket.fail("the connection to the prefill instance is gone")
+    def _start(self, transfer: IncomingTransfer, endpoints: list[str], peers: int) -> None:
+        connections = [self.connections.get(endpoint) for endpoint in endpoints]
+        for connection in connections:
+            if connection is None or transfer.room not in connection.waiting:
+                transfer.state.fail("the connection to the prefill instance is gone")
                 return
-        for link in filter(None, links):
-            part = InPart(transfer, self.access, self.digest, peers)
+        for connection in filter(None, connections):
+            part = IncomingPart(transfer, self.access, self.digest, peers)
             transfer.parts.append(part)
-            del link.waiting[transfer.room]
-            link.parts[transfer.room] = part
-            if link.state is LinkState.READY:
-                self._ask(link, part)
+            del connection.waiting[transfer.room]
+            connection.parts[transfer.room] = part
+            if connection.state is ConnectionState.READY:
+                self._request(connection, part)
 
-    def _ask(self, link: Link, part: InPart) -> None:
-        part.heads = link.heads.intersect(self.access.heads)
+    def _request(self, connection: Connection, part: IncomingPart) -> None:
+        part.heads = connection.heads.intersect(self.access.heads)
         part.last_progress = time.monotonic()
-        self._send(link, part.request())
+        self._send(connection, part.request())
 
     def _close_room(
-        self, endpoints: list[str], room: int, nonce: int, ticket: RequestState, reason: str | None
+        self, endpoints: list[str], room: int, nonce: int, state: RequestState, reason: str | None
     ) -> None:
         for endpoint in endpoints:
-            link = self.links.get(endpoint)
-            if link is None:
+            connection = self.connections.get(endpoint)
+            if connection is None:
                 continue
-            part = link.parts.get(room)
-            if room in link.waiting and link.waiting[room][1] is ticket:
-                del link.waiting[room]
-            elif part is not None and part.transfer.ticket is ticket:
-                del link.parts[room]
-                if part.said_done:
-                    self._remember(link, room, nonce)
+            part = connection.parts.get(room)
+            if room in connection.waiting and connection.waiting[room][1] is state:
+                del connection.waiting[room]
+            elif part is not None and part.transfer.state is state:
+                del connection.parts[room]
+                if part.done_sent:
+                    self._remember(connection, room, nonce)
                     reason = None
             else:
                 continue
             if reason is not None:
-                self._send(link, Abort(room, nonce, reason[:1024]))
+                self._send(connection, Abort(room, nonce, reason[:1024]))
 
-    def _remember(self, link: Link, room: int, nonce: int) -> None:
-        link.finished[room] = nonce
-        while len(link.finished) > MAX_FINISHED:
-            del link.finished[next(iter(link.finished))]
+    def _remember(self, connection: Connection, room: int, nonce: int) -> None:
+        connection.finished[room] = nonce
+        while len(connection.finished) > MAX_FINISHED:
+            del connection.finished[next(iter(connection.finished))]
 
-    def _fail(self, transfer: InTransfer, reason: str) -> None:
+    def _fail(self, transfer: IncomingTransfer, reason: str) -> None:
         """End a transfer on this side and at every prefill rank."""
-        if transfer.ticket.fail(reason):
+        if transfer.state.fail(reason):
             self.metrics.finished("failed")
             logger.debug("kvq-zmq: room %d failed: %s", transfer.room, reason)
-        endpoints = list(self.links)
-        self._close_room(endpoints, transfer.room, transfer.nonce, transfer.ticket, reason)
+        endpoints = list(self.connections)
+        self._close_room(endpoints, transfer.room, transfer.nonce, transfer.state, reason)
 
+    @override
     def receive(self, socket: zmq.Socket[bytes]) -> None:
-        """As the base, then acknowledge all blocks that are written together."""
-        link = self._connections.by_socket.get(socket)
-        if link is None:
+        connection = self._connections.by_socket.get(socket)
+        if connection is None:
             return
-        if socket is link.monitor:
+        if socket is connection.monitor:
             recv_monitor_message(socket, zmq.NOBLOCK)
-            self._on_disconnect(link)
+            self._on_disconnect(connection)
             return
         super().receive(socket)
-        self._settle_link(link)
+        self._answer_blocks(connection)
 
-    def _on_disconnect(self, link: Link) -> None:
-        """The next tick connects anew: ZeroMQ itself gives up after a damaged stream."""
-        if link.state is LinkState.READY:
-            link.state = LinkState.CONNECTING
-        self._on_link_down(link.endpoint)
-        link.broken = True
+    def _on_disconnect(self, connection: Connection) -> None:
+        """Have the next tick reconnect: ZeroMQ itself gives up after a damaged stream."""
+        if connection.state is ConnectionState.READY:
+            connection.state = ConnectionState.CONNECTING
+        self._report_disconnect(connection.endpoint)
+        connection.broken = True
 
+    @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
-        """As the base: a control message or a block."""
-        link = self._connections.by_socket[socket]
-        link.last_heard = time.monotonic()
+        connection = self._connections.by_socket[socket]
+        connection.last_heard = time.monotonic()
         kind = frames[0].bytes if frames else b""
         if kind == CONTROL and len(frames) == 2:
-            self._on_message(link, parse_message(frames[1].buffer))
+            self._on_message(connection, parse_message(frames[1].buffer))
         elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
-            self._on_blocks(link, frames[1].buffer, [frame.buffer for frame in frames[2:]])
+            self._on_blocks(connection, frames[1].buffer, [frame.buffer for frame in frames[2:]])
         else:
             raise WireError(f"expected a message or blocks, got {len(frames)} frames")
 
-    def _on_blocks(self, link: Link, headers: memoryview, payloads: list[memoryview]) -> None:
-        """Take those blocks of a message that make sense."""
+    def _on_blocks(
+        self, connection: Connection, headers: memoryview, payloads: list[memoryview]
+    ) -> None:
+        """Take the valid blocks of a message."""
         if len(headers) != HEADER_BYTES * len(payloads):
             raise WireError(f"{len(payloads)} blocks: got {len(headers)} bytes of headers")
-        landings = []
-        for place, payload in enumerate(payloads):
+        blocks = []
+        for i, payload in enumerate(payloads):
             try:
-                header = parse_header(headers[place * HEADER_BYTES : (place + 1) * HEADER_BYTES])
-                landings.append(self._on_block(link, header, payload))
+                header = parse_header(headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES])
+                block = self._on_block(connection, header, payload)
             except KvqError as error:
                 self.count_refused(error)
-        link.landings += landings
-        self.helpers.run([landing for landing in landings if not landing.done])
+            else:
+                if block is not None:
+                    blocks.append(block)
+        connection.blocks += blocks
+        self.workers.run([block for block in blocks if not block.done])
 
-    def _on_block(self, link: Link, header: BlockHeader, payload: memoryview) -> Landing:
-        part = link.parts.get(header.room)
+    def _on_block(
+        self, connection: Connection, header: BlockHeader, payload: memoryview
+    ) -> IncomingBlock | None:
+        part = connection.parts.get(header.room)
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
-        part.last_sign = link.last_heard
-        return part.begin(header, payload)
+        part.last_heard = connection.last_heard
+        try:
+            return part.claim(header, payload)
+        except WireError as error:
+            self._fail(part.transfer, str(error))
+            raise
 
-    def settle(self) -> None:
-        """As the base."""
-        for link in self.links.values():
-            self._settle_link(link)
+    @override
+    def take_results(self) -> None:
+        for connection in self.connections.values():
+            self._answer_blocks(connection)
 
-    def _settle_link(self, link: Link) -> None:
-        """Answer for blocks in order: the other side takes one that was left out for lost."""
-        while link.landings and link.landings[0].done:
-            landing = link.landings.popleft()
-            part, header = landing.part, landing.header
+    def _answer_blocks(self, connection: Connection) -> None:
+        """Ack in order: the sender treats a gap as loss. A block that cannot be stored is fatal."""
+        while connection.blocks and connection.blocks[0].done:
+            block = connection.blocks.popleft()
+            part, header = block.part, block.header
             try:
-                fresh = part.settle(landing)
+                fresh = part.record(block)
             except ChecksumError:
                 self.metrics.checksum_failures.inc()
                 part.nacks.append(header.seq)
-            except KvqError as error:
-                self.count_refused(error)
+            except Exception as error:
+                logger.error("kvq-zmq: block of room %d", header.room, exc_info=error)
+                self._fail(part.transfer, f"block {header.seq} cannot be stored: {error}")
             else:
                 part.acks.append(header.seq)
                 if fresh:
                     self._count(header)
-        self._flush(link)
+        self._flush(connection)
 
     def _count(self, header: BlockHeader) -> None:
         closed = header.kind is BlockKind.PAGES
@@ -245,27 +262,27 @@ class DecodeThread(TransferThread):
             self.access.num_layers * self.access.heads.count,
         )
 
-    def _flush(self, link: Link) -> None:
+    def _flush(self, connection: Connection) -> None:
         """Send what was gathered: damaged blocks first, then whole ones."""
-        for part in list(link.parts.values()):
+        for part in list(connection.parts.values()):
             room, nonce = part.transfer.room, part.transfer.nonce
             if part.nacks:
-                self._send(link, Nack(room, nonce, part.nacks))
+                self._send(connection, Nack(room, nonce, part.nacks))
                 part.nacks = []
             if part.acks:
-                self._send(link, Ack(room, nonce, part.acks))
+                self._send(connection, Ack(room, nonce, part.acks))
                 part.acks = []
-            if part.complete and not part.said_done:
-                self._finish(link, part)
+            if part.complete and not part.done_sent:
+                self._finish(connection, part)
 
-    def _finish(self, link: Link, part: InPart) -> None:
+    def _finish(self, connection: Connection, part: IncomingPart) -> None:
         transfer = part.transfer
-        part.said_done = True
-        self._send(link, Done(transfer.room, transfer.nonce))
+        part.done_sent = True
+        self._send(connection, Done(transfer.room, transfer.nonce))
         if not transfer.complete:
             return
         try:
-            finished = transfer.ticket.finish(lambda: self._commit(transfer))
+            finished = transfer.state.finish(lambda: self._commit(transfer))
         except TransferError as error:
             self._fail(transfer, str(error))
             return
@@ -283,106 +300,108 @@ class DecodeThread(TransferThread):
                 seconds,
             )
 
-    def _commit(self, transfer: InTransfer) -> None:
+    def _commit(self, transfer: IncomingTransfer) -> None:
         assert transfer.metadata is not None
         transfer.store_metadata(transfer.metadata)
         self._on_success(transfer)
 
-    def _on_message(self, link: Link, message: Message) -> None:
-        if isinstance(message, Welcome):
-            self._on_welcome(link, message)
+    def _on_message(self, connection: Connection, message: Message | OtherVersion) -> None:
+        if isinstance(message, OtherVersion):
+            reason = f"wire version: prefill {message.wire_version}, decode {WIRE_VERSION}"
+            self._on_refuse(connection, reason)
+        elif isinstance(message, Welcome):
+            self._on_welcome(connection, message)
         elif isinstance(message, Refuse):
-            self._on_refuse(link, message.reason)
+            self._on_refuse(connection, message.reason)
         elif isinstance(message, Abort):
-            part = link.parts.get(message.room)
+            part = connection.parts.get(message.room)
             if part is not None and part.transfer.nonce == message.nonce:
                 self._fail(part.transfer, f"prefill instance gave up: {message.reason}")
         elif isinstance(message, Alive):
             for room, nonce in message.rooms:
-                part = link.parts.get(room)
+                part = connection.parts.get(room)
                 if part is not None and part.transfer.nonce == nonce:
-                    self._on_alive(link, part)
-                elif link.finished.get(room) == nonce:
-                    self._send(link, Done(room, nonce))
+                    self._on_alive(connection, part)
+                elif connection.finished.get(room) == nonce:
+                    self._send(connection, Done(room, nonce))
         else:
             raise WireError(f"{type(message).__name__}: only decode instances send this")
 
-    def _on_welcome(self, link: Link, welcome: Welcome) -> None:
-        if welcome.wire_version != WIRE_VERSION:
-            self._on_refuse(
-                link, f"wire version: prefill {welcome.wire_version}, decode {WIRE_VERSION}"
-            )
-            return
-        if link.instance not in (None, welcome.instance):
-            for part in list(link.parts.values()):
+    def _on_welcome(self, connection: Connection, welcome: Welcome) -> None:
+        if connection.instance not in (None, welcome.instance):
+            for part in list(connection.parts.values()):
                 self._fail(part.transfer, "the prefill instance was restarted")
-        link.instance = welcome.instance
-        link.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
-        if link.state is LinkState.READY:
+        connection.instance = welcome.instance
+        connection.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
+        if connection.state is ConnectionState.READY:
             return
-        link.state = LinkState.READY
-        for part in list(link.parts.values()):
-            self._ask(link, part)
+        connection.state = ConnectionState.READY
+        for part in list(connection.parts.values()):
+            self._request(connection, part)
 
-    def _on_refuse(self, link: Link, reason: str) -> None:
-        link.state, link.reason = LinkState.REFUSED, reason
-        for _, ticket, _ in link.waiting.values():
-            ticket.fail(reason)
-        for part in list(link.parts.values()):
+    def _on_refuse(self, connection: Connection, reason: str) -> None:
+        connection.state, connection.reason = ConnectionState.REFUSED, reason
+        for _, state, _ in connection.waiting.values():
+            state.fail(reason)
+        for part in list(connection.parts.values()):
             self._fail(part.transfer, reason)
 
-    def _on_alive(self, link: Link, part: InPart) -> None:
-        """The prefill rank works on it. Blocks sent before this message are here or lost."""
+    def _on_alive(self, connection: Connection, part: IncomingPart) -> None:
+        """The prefill rank works on the part. Blocks sent before this message are here or lost."""
         now = time.monotonic()
-        part.last_sign = now
-        if part.said_done:
-            self._send(link, Done(part.transfer.room, part.transfer.nonce))
+        part.last_heard = now
+        if part.done_sent:
+            self._send(connection, Done(part.transfer.room, part.transfer.nonce))
         elif now - part.last_progress > self._retry_s:
-            self._ask(link, part)
+            self._request(connection, part)
 
+    @override
     def tick(self) -> None:
-        """End transfers nobody has spoken of for too long; keep connections in shape."""
+        """Expire idle transfers; reconnect or close unhealthy connections."""
         now = time.monotonic()
         deadline_s = self.config.deadline_s
-        for link in list(self.links.values()):
-            self._expire(link, now)
-            if not link.in_use:
-                if link.state is not LinkState.READY or now - link.last_heard > deadline_s:
-                    self._connections.close(link)
-            elif link.broken or now - max(link.last_heard, link.opened) > deadline_s / 3:
-                self._connections.reconnect(link)
-            elif link.state is LinkState.CONNECTING and now - link.said_hello > 2.0:
-                self._connections.say_hello(link)
+        for connection in list(self.connections.values()):
+            self._expire(connection, now)
+            state = connection.state
+            silent_s = now - max(connection.last_heard, connection.opened)
+            no_answer = state is ConnectionState.CONNECTING
+            if not connection.in_use:
+                if state is not ConnectionState.READY or silent_s > deadline_s:
+                    self._connections.close(connection)
+            elif connection.broken or silent_s > deadline_s / 3:
+                self._connections.reconnect(connection)
+            elif no_answer and now - connection.hello_sent > HELLO_INTERVAL_S:
+                self._connections.send_hello(connection)
 
+    @override
     def send_alive(self) -> None:
-        """As the base."""
-        for link in self.links.values():
-            rooms = [[room, nonce] for room, (nonce, _, _) in link.waiting.items()]
-            rooms += [[room, part.transfer.nonce] for room, part in link.parts.items()]
-            self._send(link, Alive(rooms))
+        for connection in self.connections.values():
+            rooms = [[room, nonce] for room, (nonce, _, _) in connection.waiting.items()]
+            rooms += [[room, part.transfer.nonce] for room, part in connection.parts.items()]
+            self._send(connection, Alive(rooms))
 
-    def _expire(self, link: Link, now: float) -> None:
+    def _expire(self, connection: Connection, now: float) -> None:
         deadline_s = self.config.deadline_s
-        for part in list(link.parts.values()):
-            if not part.said_done and now - part.last_sign > deadline_s:
+        for part in list(connection.parts.values()):
+            if not part.done_sent and now - part.last_heard > deadline_s:
                 self._fail(
                     part.transfer,
                     f"the prefill instance has been silent about this request for {deadline_s:g} s",
                 )
-        for room, (_, ticket, since) in list(link.waiting.items()):
-            if (
-                link.state is LinkState.CONNECTING
-                and now - max(since, link.last_heard) > deadline_s
-            ):
-                ticket.fail(f"no prefill instance answers at {link.endpoint} ({deadline_s:g} s)")
-            if ticket.over:
-                del link.waiting[room]
+        connecting = connection.state is ConnectionState.CONNECTING
+        for room, (_, state, since) in list(connection.waiting.items()):
+            if connecting and now - max(since, connection.last_heard) > deadline_s:
+                endpoint = connection.endpoint
+                state.fail(f"no prefill instance answers at {endpoint} ({deadline_s:g} s)")
+            if state.over:
+                del connection.waiting[room]
 
+    @override
     def close(self) -> None:
         """Fail every transfer and close the connections."""
-        for link in list(self.links.values()):
-            for _, ticket, _ in link.waiting.values():
-                ticket.fail("the decode instance is shutting down")
-            for part in list(link.parts.values()):
+        for connection in list(self.connections.values()):
+            for _, state, _ in connection.waiting.values():
+                state.fail("the decode instance is shutting down")
+            for part in list(connection.parts.values()):
                 self._fail(part.transfer, "the decode instance is shutting down")
-            self._connections.close(link)
+            self._connections.close(connection)

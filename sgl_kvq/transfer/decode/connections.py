@@ -1,31 +1,87 @@
-"""A decode rank's connections: made, told apart, made anew; `decode_link` decides what is said."""
+"""A decode rank's connections to prefill ranks; `client` decides what is sent over them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
 
 import zmq
 
 from sgl_kvq.errors import TransferError
-from sgl_kvq.transfer.decode.link import Link
+from sgl_kvq.memory_pool.page_io.span import HeadRange
+from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.protocol.messages import Hello, Message, pack_message
 from sgl_kvq.transfer.runtime.curve import secure_client
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
+from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
 
-class Links:
+class ConnectionState(Enum):
+    """State of the handshake: no answer yet, accepted, refused."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(eq=False)
+class Connection:
+    """A connection to one prefill rank.
+
+    Args:
+        endpoint: tcp:// address.
+        identity: Routing id; kept over reconnects, so that the prefill rank knows its peer.
+        socket: DEALER socket.
+        monitor: Socket that reports when the connection breaks.
+        reason: Why the handshake was refused.
+        instance: Random number of the prefill process; None before the handshake.
+        heads: KV heads that the prefill rank holds.
+        hello_sent: Time of the last Hello, in seconds.
+        broken: Whether it must be replaced.
+        waiting: Nonce, state and time of arrival of rooms that have no pages yet.
+        parts: Rooms whose blocks arrive here.
+        blocks: Blocks that are being verified and written, in order of arrival.
+        finished: Nonce of rooms that ended with success, in case the last message is lost.
+    """
+
+    endpoint: str
+    identity: bytes
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    state: ConnectionState = ConnectionState.CONNECTING
+    reason: str = ""
+    instance: int | None = None
+    heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
+    hello_sent: float = 0.0
+    broken: bool = False
+    opened: float = field(default_factory=time.monotonic)
+    last_heard: float = field(default_factory=time.monotonic)
+    waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
+    parts: dict[int, IncomingPart] = field(default_factory=dict)
+    blocks: deque[IncomingBlock] = field(default_factory=deque)
+    finished: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a room depends on it."""
+        return bool(self.waiting or self.parts)
+
+
+class Connections:
     """Connections by endpoint and by socket.
 
     Args:
-        make_socket: Of the transfer thread.
-        poller: Of the transfer thread.
+        make_socket: `TransferThread.make_socket`.
+        poller: Poller of the transfer thread.
         config: Keys.
         hello: First message on a connection.
     """
@@ -37,12 +93,12 @@ class Links:
         config: TransferConfig,
         hello: Hello,
     ) -> None:
-        self.by_endpoint: dict[str, Link] = {}
-        self.by_socket: dict[zmq.Socket[bytes], Link] = {}
+        self.by_endpoint: dict[str, Connection] = {}
+        self.by_socket: dict[zmq.Socket[bytes], Connection] = {}
         self._make_socket, self._poller, self._keys = make_socket, poller, config.keys
         self._hello = hello
 
-    def get_or_connect(self, endpoint: str) -> Link:
+    def get_or_connect(self, endpoint: str) -> Connection:
         """The connection to a prefill rank.
 
         Raises:
@@ -52,7 +108,7 @@ class Links:
         """
         return self.by_endpoint.get(endpoint) or self._connect(endpoint, b"kvq" + os.urandom(16))
 
-    def _connect(self, endpoint: str, identity: bytes) -> Link:
+    def _connect(self, endpoint: str, identity: bytes) -> Connection:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         if self._keys is None and not is_loopback(host):
             raise TransferError(
@@ -66,38 +122,39 @@ class Links:
             secure_client(socket, self._keys)
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(endpoint)
-        link = self.by_endpoint[endpoint] = Link(endpoint, identity, socket, monitor)
+        connection = Connection(endpoint, identity, socket, monitor)
+        self.by_endpoint[endpoint] = connection
         for readable in (socket, monitor):
-            self.by_socket[readable] = link
+            self.by_socket[readable] = connection
             self._poller.register(readable, zmq.POLLIN)
-        self.say_hello(link)
-        return link
+        self.send_hello(connection)
+        return connection
 
-    def close(self, link: Link) -> None:
+    def close(self, connection: Connection) -> None:
         """End a connection."""
-        del self.by_endpoint[link.endpoint]
-        for readable in (link.socket, link.monitor):
+        del self.by_endpoint[connection.endpoint]
+        for readable in (connection.socket, connection.monitor):
             del self.by_socket[readable]
             self._poller.unregister(readable)
-        link.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        link.socket.close(linger=0)
+        connection.socket.disable_monitor()
+        connection.monitor.close(linger=0)
+        connection.socket.close(linger=0)
 
-    def reconnect(self, link: Link) -> None:
-        """Replace a connection that broke, or that says nothing and may be out of step."""
-        logger.debug("kvq-zmq: connecting to %s anew", link.endpoint)
-        self.close(link)
-        fresh = self._connect(link.endpoint, link.identity)
-        fresh.waiting, fresh.parts, fresh.finished = link.waiting, link.parts, link.finished
-        fresh.landings, fresh.instance = link.landings, link.instance
-        fresh.last_heard = link.last_heard
+    def reconnect(self, connection: Connection) -> None:
+        """Replace a connection that broke, or is silent and may be out of step."""
+        logger.debug("kvq-zmq: reconnecting to %s", connection.endpoint)
+        self.close(connection)
+        fresh = self._connect(connection.endpoint, connection.identity)
+        fresh.waiting, fresh.parts = connection.waiting, connection.parts
+        fresh.finished, fresh.blocks = connection.finished, connection.blocks
+        fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
 
-    def say_hello(self, link: Link) -> None:
+    def send_hello(self, connection: Connection) -> None:
         """Begin the handshake."""
-        link.said_hello = time.monotonic()
-        self.send(link, self._hello)
+        connection.hello_sent = time.monotonic()
+        self.send(connection, self._hello)
 
-    def send(self, link: Link, message: Message) -> None:
-        """Send a message; one that is lost is said again later."""
+    def send(self, connection: Connection, message: Message) -> None:
+        """Send a message; a lost one is made up for by later messages."""
         with suppress(zmq.ZMQError):
-            link.socket.send_multipart([CONTROL, pack_message(message)], zmq.NOBLOCK)
+            connection.socket.send_multipart([CONTROL, pack_message(message)], zmq.NOBLOCK)

@@ -1,23 +1,20 @@
-"""Buffers that blocks are read into, used again once the other side has acknowledged the block."""
+"""Buffers that blocks are read into, reused once the other side has acknowledged the block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
-Bytes = npt.NDArray[np.uint8]
+from sgl_kvq.memory_pool.page_io.span import Bytes
 
 SMALLEST_BYTES = 65536
 
 
 class SendBuffers:
-    """Memory that is written again stays mapped and in the cache; fresh memory is neither.
+    """A free list of buffers by size: reused memory stays mapped and in the cache.
 
-    At most as many buffers exist as blocks were under way at one time. ZeroMQ may hold the buffer
-    of a block that was given up, until its connection goes: if another block is read into it then,
-    the checksum of the first one does not hold any more, and nobody waits for it. (ZeroMQ's own
+    At most as many buffers exist as blocks were in flight at one time. ZeroMQ may hold the buffer
+    of a block that was given up until its connection closes: if another block is read into it then,
+    the checksum of the first one fails at the other side, whose transfer is over. (ZeroMQ's own
     trackers would say when a buffer has left, for 20 us a block.)
 
     Args:

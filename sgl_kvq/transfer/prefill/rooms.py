@@ -1,128 +1,78 @@
-"""Bookkeeping of what a prefill rank sends (no sockets): rooms, peers, blocks in flight."""
+"""What a prefill rank has to send (no sockets): transfers, their parts by peer, block states."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
-from sgl_kvq.transfer.blocks import Block, HeadRange
-from sgl_kvq.transfer.codecs import WireCodec
-from sgl_kvq.transfer.prefill.buffers import Bytes, SendBuffers
-from sgl_kvq.transfer.protocol.header import (
-    BlockHeader,
-    BlockKind,
-    Buffer,
-    pack_header,
-    payload_checksum,
-)
+from sgl_kvq.memory_pool.page_io.span import Bytes, HeadRange
+from sgl_kvq.transfer.blocks import Block
+from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.protocol.messages import Request
 from sgl_kvq.transfer.runtime.request_state import RequestState
-from sgl_kvq.transfer.runtime.workers import Job
+
+if TYPE_CHECKING:
+    from sgl_kvq.transfer.prefill.sender import OutgoingBlock
 
 MAX_TRIES = 5
-MAX_ROOMS_A_PEER = 4096
+MAX_ROOMS_PER_PEER = 4096
 
 
-@dataclass
-class Flight:
-    """A block that was sent and not acknowledged: when in the order of sending, its size, where."""
+class BlockState(Enum):
+    """State of one block for one peer.
 
-    order: int
+    QUEUED: waits for its turn.
+    READING: copied and hashed by a job.
+    IN_FLIGHT: sent and not acknowledged.
+    ACKED: acknowledged; the last state.
+    """
+
+    QUEUED = "queued"
+    READING = "reading"
+    IN_FLIGHT = "in flight"
+    ACKED = "acked"
+
+
+_QUEUED, _READING, _IN_FLIGHT, _ACKED = BlockState
+_TRANSITIONS: dict[BlockState | None, tuple[BlockState, ...]] = {
+    None: (_QUEUED,),
+    _QUEUED: (_READING, _ACKED),
+    _READING: (_IN_FLIGHT, _QUEUED, _ACKED),
+    _IN_FLIGHT: (_ACKED, _QUEUED),
+    _ACKED: (),
+}
+
+
+class InFlightBlock(NamedTuple):
+    """A block that was sent and not acknowledged.
+
+    Args:
+        seqno: Position in the order of sending.
+        wire_bytes: Payload as sent.
+        buffer: Memory that ZeroMQ sends it from; None for the pool itself.
+    """
+
+    seqno: int
     wire_bytes: int
     buffer: Bytes | None
 
 
-class ReadingTools(NamedTuple):
-    """What blocks are read with: the pool, a codec, buffers, the digest of the handshake."""
-
-    access: PoolAccess
-    codec: WireCodec
-    buffers: SendBuffers
-    fingerprint: int
-
-
-class Reading(Job):
-    """A block on its way from the pool to the socket: its payload is copied and hashed.
-
-    Args:
-        outbound: Whose it is.
-        seq: Its number.
-        ticket: Of the request.
-        tools: What it is read with.
-
-    Attributes:
-        nbytes: Of the payload before the codec; they count as in flight from now on.
-        buffer: Where it is copied to; None if it is sent from where it lies.
-        payload: As sent.
-        header: As sent, once the work is done.
-    """
-
-    def __init__(
-        self, outbound: Outbound, seq: int, ticket: RequestState, tools: ReadingTools
-    ) -> None:
-        self.outbound, self.seq, self.ticket, self._tools = outbound, seq, ticket, tools
-        self.block = block = outbound.room.blocks[seq]
-        self.buffer: Bytes | None = None
-        if block.kind is BlockKind.METADATA:
-            self.payload: Buffer = block.data
-        elif (view := tools.access.view(block, outbound.heads)) is not None:
-            self.payload = view.data
-        else:
-            nbytes = tools.access.payload_bytes(block, outbound.heads)
-            self.buffer = tools.buffers.take(nbytes)
-            self.payload = self.buffer[:nbytes].data
-        self.header = b""
-        super().__init__(len(self.payload))
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether somebody waits for it, and the pages are still those of the request."""
-        outbound = self.outbound
-        return not (self.ticket.over or outbound.dropped or self.seq in outbound.acked)
-
-    def work(self) -> None:
-        """As the base."""
-        block, outbound, codec = self.block, self.outbound, self._tools.codec
-        if self.buffer is not None:
-            self._tools.access.read(block, outbound.heads, self.buffer[: self.nbytes])
-        self.payload = codec.encode(self.payload)
-        self.header = pack_header(
-            BlockHeader(
-                kind=block.kind,
-                codec=codec.id,
-                room=outbound.room.room,
-                nonce=outbound.nonce,
-                fingerprint=self._tools.fingerprint,
-                seq=self.seq,
-                first_page=block.first_page,
-                num_pages=block.num_pages,
-                first_layer=block.first_layer,
-                num_layers=block.num_layers,
-                first_head=outbound.heads.first,
-                num_heads=outbound.heads.count,
-                num_rows=block.num_rows,
-                raw_bytes=self.nbytes,
-                wire_bytes=len(self.payload),
-                checksum=payload_checksum([self.payload]),
-            )
-        )
-
-
-@dataclass
+@dataclass(eq=False)
 class Peer:
     """A decode rank that passed the handshake.
 
     Args:
         identity: Routing id of its connection.
-        instance: Drawn by its process.
+        instance: Random number of its process.
         reachable: Whether ZeroMQ still has a connection to it.
-        bytes_in_flight: Sent and not acknowledged, or about to be sent.
-        turn: Rooms with something to send, the next one first.
-        messages: Blocks about to be sent, by message, in order.
+        bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
+        last_heard: Time of its last message, in seconds.
+        round_robin: Parts with blocks to send, the next one first.
+        messages: Messages whose blocks are being read, in order of sending.
     """
 
     identity: bytes
@@ -130,143 +80,179 @@ class Peer:
     reachable: bool = True
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
-    turn: deque[Outbound] = field(default_factory=deque)
-    messages: deque[list[Reading]] = field(default_factory=deque)
+    round_robin: OrderedDict[OutgoingPart, None] = field(default_factory=OrderedDict)
+    messages: deque[list[OutgoingBlock]] = field(default_factory=deque)
 
 
-class Outbound:
-    """One decode rank's share of one room.
+class OutgoingPart:
+    """The part of a transfer that one decode rank receives.
 
     Args:
-        room: The room.
-        peer: Where it goes.
-        request: As the peer sent it first.
-        buffers: Where a block's buffer goes once the block has landed.
+        transfer: The transfer.
+        peer: The decode rank.
+        request: Its first request.
+        buffers: Gets the buffers of blocks that are no longer in flight.
+
+    Attributes:
+        done: Whether the peer has everything.
+        tries: How often each block was sent that is not acknowledged.
     """
 
-    _order = itertools.count()
+    _next_seqno = itertools.count()
 
-    def __init__(self, room: OutRoom, peer: Peer, request: Request, buffers: SendBuffers) -> None:
-        self.room = room
+    def __init__(
+        self, transfer: OutgoingTransfer, peer: Peer, request: Request, buffers: SendBuffers
+    ) -> None:
+        self.transfer = transfer
         self.peer = peer
         self._buffers = buffers
         self.nonce = request.nonce
         self.heads = HeadRange(request.first_head, request.first_head + request.num_heads)
-        self.pending: deque[int] = deque()
-        self.flights: dict[int, Flight] = {}  # in order of sending
+        self.done = False
         self.tries: dict[int, int] = {}
-        self.acked: set[int] = set()
-        self.reading: set[int] = set()
-        self.done = self.dropped = False
-        self.enqueue(range(len(room.blocks)))
+        self._states: dict[int, BlockState] = {}
+        # By state, for the order: QUEUED in order of queueing, with others among them, ...
+        self._queue: deque[int] = deque()
+        self._in_flight: dict[int, InFlightBlock] = {}  # ... IN_FLIGHT in order of sending.
+        self.enqueue_new()
 
-    def enqueue(self, seqs: range | list[int]) -> None:
-        """Queue blocks that are neither queued, in flight nor acknowledged."""
-        known = self.acked.union(self.pending, self.reading, self.flights)
-        fresh = [seq for seq in seqs if seq not in known]
-        if fresh and self not in self.peer.turn:
-            self.peer.turn.append(self)
-        self.pending.extend(fresh)
+    def state_of(self, seq: int) -> BlockState | None:
+        """State of a block; None if there is none, or the part was dropped."""
+        return self._states.get(seq)
 
-    def sent(self, seq: int, wire_bytes: int, buffer: Bytes | None) -> None:
+    def transition(self, seq: int, state: BlockState, sent: InFlightBlock | None = None) -> None:
+        """Change the state of a block, and what depends on it: queue, bytes in flight, buffer.
+
+        Args:
+            seq: Number of the block.
+            state: Its new state.
+            sent: How it was sent, for IN_FLIGHT.
+
+        Raises:
+            ValueError: the block cannot get from its state to this one.
+        """
+        old = self._states.get(seq)
+        if state not in _TRANSITIONS[old]:
+            raise ValueError(f"block {seq}: expected one of {_TRANSITIONS[old]}, got {state}")
+        self._states[seq] = state
+        if old is _IN_FLIGHT:
+            self._leave_flight(seq)
+        if state is _QUEUED:
+            self._queue.append(seq)
+            self.peer.round_robin.setdefault(self)
+        elif sent is not None:
+            self._in_flight[seq] = sent
+            self.tries[seq] = self.tries.get(seq, 0) + 1
+            self.peer.bytes_in_flight += sent.wire_bytes
+        elif state is _ACKED:
+            self.tries.pop(seq, None)
+
+    def _leave_flight(self, seq: int) -> None:
+        block = self._in_flight.pop(seq)
+        self.peer.bytes_in_flight -= block.wire_bytes
+        if block.buffer is not None:
+            self._buffers.give(block.buffer)
+
+    def enqueue_new(self) -> None:
+        """Queue the blocks that the transfer got since the last call."""
+        for seq in range(len(self._states), len(self.transfer.blocks)):
+            self.transition(seq, _QUEUED)
+
+    def next_queued(self) -> int | None:
+        """Take the next block off the queue; None if it is empty."""
+        while self._queue:
+            seq = self._queue.popleft()
+            if self._states.get(seq) is _QUEUED:
+                return seq
+        return None
+
+    def mark_sent(self, seq: int, wire_bytes: int, buffer: Bytes | None) -> None:
         """Note that a block left, and the buffer that it lies in."""
-        self.flights[seq] = Flight(next(self._order), wire_bytes, buffer)
-        self.tries[seq] = self.tries.get(seq, 0) + 1
-        self.peer.bytes_in_flight += wire_bytes
+        self.transition(seq, _IN_FLIGHT, InFlightBlock(next(self._next_seqno), wire_bytes, buffer))
 
     def acknowledge(self, seqs: list[int]) -> list[int]:
         """Note acknowledged blocks.
 
-        A connection keeps the order, so a block sent before an acknowledged one and not named
-        with it was lost on the way.
+        A connection keeps the order, so a block that was sent before an acknowledged one and is
+        still in flight was lost.
 
         Args:
-            seqs: As the peer listed them; unknown ones are ignored.
+            seqs: Blocks that the peer has; unknown ones are ignored.
 
         Returns:
             Blocks that were lost and are queued again.
         """
-        newest = max((self.flights[seq].order for seq in seqs if seq in self.flights), default=-1)
+        in_flight = self._in_flight
+        newest = max((in_flight[seq].seqno for seq in seqs if seq in in_flight), default=-1)
         for seq in seqs:
-            flight = self.flights.get(seq)
-            if flight is not None and self._land(seq):
-                self.room.bytes_landed += flight.wire_bytes
-                self.acked.add(seq)
-                self.tries.pop(seq, None)
-        sent_before = itertools.takewhile(
-            lambda seq: self.flights[seq].order < newest, self.flights
-        )
-        return self.send_again(list(sent_before))
+            if seq in in_flight:
+                self.transfer.bytes_landed += in_flight[seq].wire_bytes
+                self.transition(seq, _ACKED)
+        lost = itertools.takewhile(lambda seq: in_flight[seq].seqno < newest, in_flight)
+        return self.retransmit(list(lost))
 
-    def send_again(self, seqs: list[int]) -> list[int]:
-        """Queue blocks that were sent and not acknowledged; returns those that are."""
-        again = [seq for seq in seqs if self._land(seq)]
-        self.enqueue(again)
+    def retransmit(self, seqs: list[int]) -> list[int]:
+        """Queue those blocks again that are in flight; returns them."""
+        again = [seq for seq in seqs if self._states.get(seq) is _IN_FLIGHT]
+        for seq in again:
+            self.transition(seq, _QUEUED)
         return again
 
-    def resume(self, have: list[int]) -> None:
-        """The peer tells what it has: everything else is queued."""
-        known = range(len(self.room.blocks))
-        for seq in have:
-            self._land(seq)
-            if seq in known:
-                self.acked.add(seq)
-        for seq in list(self.flights):
-            self._land(seq)
-        self.pending = deque(seq for seq in self.pending if seq not in self.acked)
-        self.enqueue(known)
+    def resume(self, received: list[int]) -> None:
+        """Queue every block again that is in flight and not among those the peer has."""
+        for seq in received:
+            if self._states.get(seq, _ACKED) is not _ACKED:
+                self.transition(seq, _ACKED)
+        self.retransmit(list(self._in_flight))
 
     def drop(self) -> None:
-        """Forget everything that is queued or in flight."""
-        for seq in list(self.flights):
-            self._land(seq)
-        self.pending.clear()
-        self.dropped = True
-        if self in self.peer.turn:
-            self.peer.turn.remove(self)
-
-    def _land(self, seq: int) -> bool:
-        flight = self.flights.pop(seq, None)
-        if flight is None:
-            return False
-        self.peer.bytes_in_flight -= flight.wire_bytes
-        if flight.buffer is not None:
-            self._buffers.give(flight.buffer)
-        return True
+        """Forget every block; what is being read is not sent any more."""
+        for seq in list(self._in_flight):
+            self._leave_flight(seq)
+        self._states.clear()
+        self._queue.clear()
+        self.peer.round_robin.pop(self, None)
 
 
-class OutRoom:
+class OutgoingTransfer:
     """One request at this prefill rank.
 
     Args:
         room: SGLang's `bootstrap_room`.
+
+    Attributes:
+        state: Whether the request is over; None until it arrives from SGLang.
+        blocks: Blocks by number.
+        complete: Whether no further blocks will come.
+        num_pages: Pages that will be sent, once known.
+        parts: Parts by the peer's identity.
+        request: The first request; those of further peers must agree with it.
+        bytes_sent: Payloads as sent, retransmissions included.
+        bytes_landed: Payloads that were acknowledged.
+        early_bytes: `bytes_landed` before the last chunk of the prefill.
     """
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.ticket: RequestState | None = None  # None until the request itself arrives
+        self.state: RequestState | None = None
         self.blocks: list[Block] = []
         self.complete = False
         self.num_pages: int | None = None
-        self.outbounds: dict[bytes, Outbound] = {}
-        self.request: Request | None = None  # the first one; all peers must agree with it
-        self.opened = self.last_sign = time.monotonic()
-        self.bytes_sent = 0
-        self.bytes_landed = 0
-        self.early_bytes = 0  # landed before the last chunk was there
+        self.parts: dict[bytes, OutgoingPart] = {}
+        self.request: Request | None = None
+        self.opened = self.last_heard = time.monotonic()
+        self.bytes_sent = self.bytes_landed = self.early_bytes = 0
 
     @property
-    def all_asked(self) -> bool:
-        """Whether every decode rank that takes part has asked."""
-        return self.request is not None and len(self.outbounds) == self.request.peers
+    def all_requested(self) -> bool:
+        """Whether every decode rank that takes part sent its request."""
+        return self.request is not None and len(self.parts) == self.request.peers
 
     @property
     def all_done(self) -> bool:
         """Whether every peer has everything."""
         return (
-            self.complete
-            and self.all_asked
-            and all(outbound.done for outbound in self.outbounds.values())
+            self.complete and self.all_requested and all(part.done for part in self.parts.values())
         )
 
     def refusal(self, request: Request) -> str | None:
@@ -274,7 +260,7 @@ class OutRoom:
         first = self.request
         if first is None:
             return None
-        if len(self.outbounds) >= first.peers:
+        if len(self.parts) >= first.peers:
             return "this room is served to another decode instance"
         same = (request.peers, request.prefix_pages, request.num_pages)
         if same != (first.peers, first.prefix_pages, first.num_pages):
@@ -283,9 +269,8 @@ class OutRoom:
 
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
-        first = len(self.blocks)
         self.blocks += blocks
         if is_last:
             self.complete, self.early_bytes = True, self.bytes_landed
-        for outbound in self.outbounds.values():
-            outbound.enqueue(range(first, len(self.blocks)))
+        for part in self.parts.values():
+            part.enqueue_new()

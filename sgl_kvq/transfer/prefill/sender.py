@@ -1,64 +1,152 @@
-"""Sends queued blocks: peers in turns, rooms in turns, each peer within its window."""
+"""Sends queued blocks: peers and rooms in round-robin order, each peer within its window."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import zmq
+from typing_extensions import override
 
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
-from sgl_kvq.transfer.codecs import get_codec
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.memory_pool.page_io.span import Buffer, Bytes
+from sgl_kvq.transfer.codecs.base import Codec
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
-from sgl_kvq.transfer.prefill.rooms import OutRoom, Peer, Reading, ReadingTools
-from sgl_kvq.transfer.protocol.header import MAX_BLOCKS
+from sgl_kvq.transfer.prefill.rooms import BlockState, OutgoingPart, OutgoingTransfer, Peer
+from sgl_kvq.transfer.protocol.header import (
+    MAX_BLOCKS,
+    BlockHeader,
+    pack_header,
+    payload_checksum,
+)
 from sgl_kvq.transfer.runtime.event_loop import BLOCK
 from sgl_kvq.transfer.runtime.metrics import TransferMetrics
-from sgl_kvq.transfer.runtime.workers import Helpers
+from sgl_kvq.transfer.runtime.request_state import RequestState
+from sgl_kvq.transfer.runtime.workers import Job, WorkerPool
 
 logger = logging.getLogger(__name__)
 
 ROUND_BYTES = 4 * 2**20
 """Sent to a peer before the others, and messages, get their turn."""
 MESSAGE_BYTES = 2**19
-"""A message takes further blocks until it has so many; it costs Python as much as a block does."""
+"""Blocks are batched up to this many bytes: per-message overhead is about that of one block."""
 # As numbers: pyzmq's flags are an enum, whose operators take longer than a send.
 _MORE, _LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 
 
-class Pump:
+class ReadContext(NamedTuple):
+    """What blocks are read with.
+
+    Args:
+        access: The pool.
+        codec: Codec of the payloads.
+        buffers: Where blocks are copied to.
+        fingerprint: Digest for the headers.
+    """
+
+    access: PoolAccess
+    codec: Codec
+    buffers: SendBuffers
+    fingerprint: int
+
+
+class OutgoingBlock(Job):
+    """Job that copies a block out of the pool, encodes and hashes it.
+
+    Args:
+        part: The part of a transfer that it belongs to.
+        seq: Its number.
+        request_state: State of the request.
+        context: What it is read with.
+
+    Attributes:
+        nbytes: Payload before the codec; it counts as in flight from now on.
+        buffer: Where the payload is copied to; None if it is sent from where it lies.
+        payload: Payload as sent, once the job is done.
+        header: Packed header, once the job is done.
+    """
+
+    def __init__(
+        self, part: OutgoingPart, seq: int, request_state: RequestState, context: ReadContext
+    ) -> None:
+        self.part, self.seq, self.request_state, self._context = part, seq, request_state, context
+        self.block = part.transfer.blocks[seq]
+        self.buffer: Bytes | None = None
+        span, access = self.block.span, context.access
+        if span is None:
+            self.payload: Buffer = self.block.metadata
+        elif (view := access.view(span, part.heads)) is not None:
+            self.payload = view.data
+        else:
+            nbytes = access.span_bytes(span, part.heads)
+            self.buffer = context.buffers.take(nbytes)
+            self.payload = self.buffer[:nbytes].data
+        self.header = b""
+        super().__init__(len(self.payload))
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the peer waits for it, and the pages are still those of the request."""
+        return not self.request_state.over and self.part.state_of(self.seq) is BlockState.READING
+
+    @override
+    def work(self) -> None:
+        span, codec = self.block.span, self._context.codec
+        if self.buffer is not None and span is not None:
+            self._context.access.read(span, self.part.heads, self.buffer[: self.nbytes])
+        self.payload = codec.encode(self.payload)
+        heads = self.part.heads
+        self.header = pack_header(
+            BlockHeader(
+                kind=self.block.kind,
+                codec=codec.id,
+                room=self.part.transfer.room,
+                nonce=self.part.nonce,
+                fingerprint=self._context.fingerprint,
+                seq=self.seq,
+                first_page=self.block.first_page,
+                num_pages=span.num_pages if span else 0,
+                first_layer=span.first_layer if span else 0,
+                num_layers=span.num_layers if span else 0,
+                first_head=heads.first,
+                num_heads=heads.count,
+                num_rows=span.num_rows if span else 0,
+                raw_bytes=self.nbytes,
+                wire_bytes=len(self.payload),
+                checksum=payload_checksum([self.payload]),
+            )
+        )
+
+
+class BlockSender:
     """Reads blocks from the pool when their turn comes, so that only the window is in memory.
 
     Args:
         socket: ROUTER socket of the prefill rank.
-        access: Its pool.
-        buffers: What blocks are read into; `Outbound` gives them back.
-        helpers: Threads that read and hash.
-        config: Window and codec.
-        digest: Fingerprint for the headers.
+        context: What blocks are read with.
+        workers: Threads that read and hash.
+        config: Window.
         metrics: Where to count.
         on_sending: Called with the room when its first block leaves.
-        fail: Ends a room with a reason.
+        fail: Ends a transfer with a reason.
     """
 
     def __init__(
         self,
         socket: zmq.Socket[bytes],
-        access: PoolAccess,
-        buffers: SendBuffers,
-        helpers: Helpers,
+        context: ReadContext,
+        workers: WorkerPool,
         config: TransferConfig,
-        digest: int,
         metrics: TransferMetrics,
         on_sending: Callable[[int], None],
-        fail: Callable[[OutRoom, str], None],
+        fail: Callable[[OutgoingTransfer, str], None],
     ) -> None:
         self._socket, self._window_bytes = socket, config.window_bytes
-        self._tools = ReadingTools(access, get_codec(config.codec), buffers, digest)
-        self._parts_of_a_page = access.num_layers * access.heads.count
+        self._context, self._workers = context, workers
+        self._parts_of_a_page = context.access.num_layers * context.access.heads.count
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
-        self._buffers, self._helpers = buffers, helpers
 
     def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few messages to each peer; True if one has more that fits its window."""
@@ -66,94 +154,90 @@ class Pump:
         for peer in peers:
             share = ROUND_BYTES
             while share > 0 and (message := self._next_message(peer)):
-                share -= sum(reading.nbytes for reading in message)
+                share -= sum(block.nbytes for block in message)
                 peer.messages.append(message)
-                self._helpers.run(message)
+                self._workers.run(message)
                 self.send_read(peer)
             more |= share <= 0
         return more
 
-    def _next_message(self, peer: Peer) -> list[Reading]:
+    def _next_message(self, peer: Peer) -> list[OutgoingBlock]:
         """Blocks for one message to a peer; empty if none is left or the window is full."""
-        message: list[Reading] = []
+        message: list[OutgoingBlock] = []
         nbytes = 0
         while nbytes < MESSAGE_BYTES and len(message) < MAX_BLOCKS:
-            reading = self._next_block(peer)
-            if reading is None:
+            block = self._next_block(peer)
+            if block is None:
                 break
-            nbytes += reading.nbytes
-            message.append(reading)
+            nbytes += block.nbytes
+            message.append(block)
         return message
 
-    def _next_block(self, peer: Peer) -> Reading | None:
-        while peer.turn and peer.reachable and peer.bytes_in_flight < self._window_bytes:
-            outbound = peer.turn[0]
-            if not outbound.pending:
-                peer.turn.popleft()
+    def _next_block(self, peer: Peer) -> OutgoingBlock | None:
+        while peer.round_robin and peer.reachable and peer.bytes_in_flight < self._window_bytes:
+            part = next(iter(peer.round_robin))
+            seq = part.next_queued()
+            if seq is None:
+                del peer.round_robin[part]
                 continue
-            peer.turn.rotate(-1)
-            seq, out = outbound.pending.popleft(), outbound.room
-            if out.ticket is None or out.ticket.over:
+            peer.round_robin.move_to_end(part)
+            state = part.transfer.state
+            if state is None or state.over:
                 continue
             try:
-                reading = Reading(outbound, seq, out.ticket, self._tools)
+                block = OutgoingBlock(part, seq, state, self._context)
             except Exception as error:
-                self._give_up(out, seq, error)
+                self._give_up(part.transfer, seq, error)
                 continue
-            outbound.reading.add(seq)
-            peer.bytes_in_flight += reading.nbytes
-            return reading
+            part.transition(seq, BlockState.READING)
+            peer.bytes_in_flight += block.nbytes
+            return block
         return None
 
     def send_read(self, peer: Peer) -> None:
         """Send messages whose blocks have been read and hashed, in order."""
         while peer.messages and peer.messages[0][-1].done:
             message = peer.messages.popleft()
-            for reading in message:
-                reading.outbound.reading.discard(reading.seq)
-                peer.bytes_in_flight -= reading.nbytes
-                if reading.error is not None and reading.is_wanted:
-                    self._give_up(reading.outbound.room, reading.seq, reading.error)
-            sent = [reading for reading in message if reading.is_wanted]
+            for block in message:
+                peer.bytes_in_flight -= block.nbytes
+                if block.error is not None and block.is_wanted:
+                    self._give_up(block.part.transfer, block.seq, block.error)
+            sent = [block for block in message if block.is_wanted]
             if not sent or not self._send(peer, sent):
                 sent = []
-            for reading in message:
-                if reading.buffer is not None and reading not in sent:
-                    self._buffers.give(reading.buffer)
+            for block in message:
+                if block.buffer is not None and block not in sent:
+                    self._context.buffers.give(block.buffer)
 
-    def _give_up(self, out: OutRoom, seq: int, error: Exception) -> None:
-        logger.error("kvq-zmq: block %d of room %d", seq, out.room, exc_info=error)
-        self._fail(out, f"block {seq} cannot be sent: {error}")
+    def _give_up(self, transfer: OutgoingTransfer, seq: int, error: Exception) -> None:
+        logger.error("kvq-zmq: block %d of room %d", seq, transfer.room, exc_info=error)
+        self._fail(transfer, f"block {seq} cannot be sent: {error}")
 
-    def _send(self, peer: Peer, message: list[Reading]) -> bool:
+    def _send(self, peer: Peer, message: list[OutgoingBlock]) -> bool:
         """Send blocks in one message; False if the peer is not connected, they are queued then."""
         try:
-            headers = b"".join(reading.header for reading in message)
+            headers = b"".join(block.header for block in message)
             for frame in (peer.identity, BLOCK, headers):
                 self._socket.send(frame, _MORE)
-            for reading in message[:-1]:
-                self._socket.send(reading.payload, _MORE, copy=False)
+            for block in message[:-1]:
+                self._socket.send(block.payload, _MORE, copy=False)
             self._socket.send(message[-1].payload, _LAST, copy=False)
         except zmq.ZMQError as error:
             peer.reachable = False
-            for reading in message:
-                reading.outbound.enqueue([reading.seq])
+            for block in message:
+                block.part.transition(block.seq, BlockState.QUEUED)
             logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
             return False
-        for reading in message:
-            self._note_sent(reading)
+        for block in message:
+            self._count_sent(block)
         return True
 
-    def _note_sent(self, reading: Reading) -> None:
-        block, outbound, wire_bytes = reading.block, reading.outbound, len(reading.payload)
-        out = outbound.room
-        outbound.sent(reading.seq, wire_bytes, reading.buffer)
-        if out.bytes_sent == 0:
-            reading.ticket.advance(lambda: self._on_sending(out.room))
-        out.bytes_sent += wire_bytes
-        self._metrics.count_block(
-            block.kind,
-            wire_bytes,
-            block.num_pages * block.num_layers * outbound.heads.count,
-            self._parts_of_a_page,
-        )
+    def _count_sent(self, block: OutgoingBlock) -> None:
+        part, span, wire_bytes = block.part, block.block.span, len(block.payload)
+        transfer = part.transfer
+        part.mark_sent(block.seq, wire_bytes, block.buffer)
+        if transfer.bytes_sent == 0:
+            block.request_state.advance(lambda: self._on_sending(transfer.room))
+        transfer.bytes_sent += wire_bytes
+        page_parts = span.num_pages * span.num_layers * part.heads.count if span else 0
+        self._metrics.count_block(block.block.kind, wire_bytes, page_parts, self._parts_of_a_page)

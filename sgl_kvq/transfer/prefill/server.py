@@ -7,15 +7,23 @@ import time
 from collections.abc import Callable
 
 import zmq
+from typing_extensions import override
 
 from sgl_kvq.errors import ConfigError, TransferError, WireError
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
 from sgl_kvq.transfer.blocks import Block
+from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
-from sgl_kvq.transfer.prefill.rooms import MAX_ROOMS_A_PEER, MAX_TRIES, Outbound, OutRoom, Peer
-from sgl_kvq.transfer.prefill.sender import Pump
-from sgl_kvq.transfer.protocol.handshake import check_fingerprint
+from sgl_kvq.transfer.prefill.rooms import (
+    MAX_ROOMS_PER_PEER,
+    MAX_TRIES,
+    OutgoingPart,
+    OutgoingTransfer,
+    Peer,
+)
+from sgl_kvq.transfer.prefill.sender import BlockSender, ReadContext
+from sgl_kvq.transfer.protocol.handshake import check_codec, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import (
     Abort,
@@ -26,6 +34,7 @@ from sgl_kvq.transfer.protocol.messages import (
     Hello,
     Message,
     Nack,
+    OtherVersion,
     Refuse,
     Request,
     Welcome,
@@ -42,15 +51,15 @@ MAX_PEERS = 1024
 
 
 class PrefillThread(TransferThread):
-    """Sends blocks to every decode rank that asks, each within its own window.
+    """Sends blocks to every decode rank that requests them, each within its own window.
 
     Args:
         config: The options.
         access: The pool of this rank.
-        fingerprint: What a decode instance must have in common.
-        instance: Drawn by this process, uint64.
+        fingerprint: Values that a decode instance must have as well.
+        instance: Random number of this process, uint64.
         tp_rank: Added to a fixed port.
-        on_asked: Called with (room, first request) once every decode rank has asked.
+        on_requested: Called with (room, first request) once every decode rank sent its request.
         on_sending: Called with the room when its first block leaves.
         on_success: Called with the room when every peer has everything.
 
@@ -65,25 +74,24 @@ class PrefillThread(TransferThread):
         fingerprint: Fingerprint,
         instance: int,
         tp_rank: int = 0,
-        on_asked: Callable[[int, Request], None] = lambda room, request: None,
+        on_requested: Callable[[int, Request], None] = lambda room, request: None,
         on_sending: Callable[[int], None] = lambda room: None,
         on_success: Callable[[int], None] = lambda room: None,
     ) -> None:
         super().__init__("prefill", config, access, fingerprint, instance)
         self.peers: dict[bytes, Peer] = {}
-        self.rooms: dict[int, OutRoom] = {}
-        self._on_asked, self._on_success = on_asked, on_success
+        self.rooms: dict[int, OutgoingTransfer] = {}
+        self._on_requested, self._on_success = on_requested, on_success
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._buffers = SendBuffers(access.new_buffer)
-        self._pump = Pump(
+        self._codec = get_codec(config.codec)
+        self._sender = BlockSender(
             self.socket,
-            access,
-            self._buffers,
-            self.helpers,
+            ReadContext(access, self._codec, self._buffers, self.digest),
+            self.workers,
             config,
-            self.digest,
             self.metrics,
             on_sending,
             self._fail,
@@ -110,9 +118,9 @@ class PrefillThread(TransferThread):
 
     # Called from the scheduler thread.
 
-    def open_room(self, room: int, ticket: RequestState) -> None:
-        """A request has arrived; its transfer may begin when the decode instance asks."""
-        self.post(lambda: self._open(room, ticket))
+    def open_room(self, room: int, state: RequestState) -> None:
+        """A request has arrived; its transfer begins with the decode instance's request."""
+        self.post(lambda: self._open(room, state))
 
     def expect_pages(self, room: int, num_pages: int) -> None:
         """How many pages are going to be sent; the decode instance must expect as many."""
@@ -122,68 +130,74 @@ class PrefillThread(TransferThread):
         """These blocks can leave."""
         self.post(lambda: self._add(room, blocks, is_last))
 
-    def close_room(self, room: int, ticket: RequestState, reason: str | None) -> None:
+    def close_room(self, room: int, state: RequestState, reason: str | None) -> None:
         """The request is over; with a reason, peers that wait for blocks are told."""
-        self.post(lambda: self._close_room(room, ticket, reason))
+        self.post(lambda: self._close_room(room, state, reason))
 
     # Everything below runs in this thread.
 
-    def _open(self, room: int, ticket: RequestState) -> None:
-        out = self.rooms.setdefault(room, OutRoom(room))
-        if out.ticket is not None and out.ticket is not ticket:
-            ticket.fail(f"room {room} is taken by another request; rooms must be unique")
+    def _open(self, room: int, state: RequestState) -> None:
+        transfer = self.rooms.setdefault(room, OutgoingTransfer(room))
+        if transfer.state is not None and transfer.state is not state:
+            state.fail(f"room {room} is taken by another request; rooms must be unique")
             return
-        out.ticket = ticket
-        out.opened = out.last_sign = time.monotonic()
-        self._check_asked(out)
+        transfer.state = state
+        transfer.opened = transfer.last_heard = time.monotonic()
+        self._check_requested(transfer)
 
     def _expect(self, room: int, num_pages: int) -> None:
-        out = self.rooms.get(room)
-        if out is None or out.request is None:
+        transfer = self.rooms.get(room)
+        if transfer is None or transfer.request is None:
             return
-        out.num_pages = num_pages
-        if out.request.num_pages != num_pages:
+        transfer.num_pages = num_pages
+        if transfer.request.num_pages != num_pages:
             self._fail(
-                out,
-                f"prefill sends {num_pages} pages, decode expects {out.request.num_pages}; the "
-                f"prompts differ",
+                transfer,
+                f"prefill sends {num_pages} pages, decode expects {transfer.request.num_pages}; "
+                f"the prompts differ",
             )
 
     def _add(self, room: int, blocks: list[Block], is_last: bool) -> None:
-        out = self.rooms.get(room)
-        if out is not None:
-            out.add_blocks(blocks, is_last)
+        transfer = self.rooms.get(room)
+        if transfer is not None:
+            transfer.add_blocks(blocks, is_last)
 
-    def _close_room(self, room: int, ticket: RequestState, reason: str | None) -> None:
-        out = self.rooms.get(room)
-        if out is None or out.ticket is not ticket:
+    def _close_room(self, room: int, state: RequestState, reason: str | None) -> None:
+        transfer = self.rooms.get(room)
+        if transfer is not None and transfer.state is state:
+            self._drop(transfer, reason)
+
+    def _drop(self, transfer: OutgoingTransfer, reason: str | None) -> None:
+        del self.rooms[transfer.room]
+        for part in transfer.parts.values():
+            part.drop()
+            if reason is not None and not part.done:
+                self._tell(part.peer, Abort(transfer.room, part.nonce, reason[:1024]))
+
+    def _fail(self, transfer: OutgoingTransfer, reason: str) -> None:
+        """End a transfer that cannot succeed, on both sides."""
+        if self.rooms.get(transfer.room) is not transfer:
             return
-        self._drop(out, reason)
-
-    def _drop(self, out: OutRoom, reason: str | None) -> None:
-        del self.rooms[out.room]
-        for outbound in out.outbounds.values():
-            outbound.drop()
-            if reason is not None and not outbound.done:
-                self._tell(outbound.peer, Abort(out.room, outbound.nonce, reason[:1024]))
-
-    def _fail(self, out: OutRoom, reason: str) -> None:
-        """End a room that cannot succeed, on both sides."""
-        if self.rooms.get(out.room) is not out:
-            return
-        if out.ticket is not None and out.ticket.fail(reason):
+        if transfer.state is not None and transfer.state.fail(reason):
             self.metrics.finished("failed")
-            logger.debug("kvq-zmq: room %d failed: %s", out.room, reason)
-        self._drop(out, reason)
+            logger.debug("kvq-zmq: room %d failed: %s", transfer.room, reason)
+        self._drop(transfer, reason)
 
+    @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
-        """As the base: a control message of any peer."""
         identity, *rest = frames
         if len(rest) != 2 or rest[0].bytes != CONTROL:
             raise WireError(f"expected a control message, got {len(rest)} frames")
         self._on_message(identity.bytes, parse_message(rest[1].buffer))
 
-    def _on_message(self, identity: bytes, message: Message) -> None:
+    def _on_message(self, identity: bytes, message: Message | OtherVersion) -> None:
+        if isinstance(message, OtherVersion):
+            reason = (
+                f"wire version: prefill {WIRE_VERSION}, decode {message.wire_version}; install the "
+                f"same sgl_kvq on both instances"
+            )
+            self._send(identity, Refuse(reason))
+            return
         if isinstance(message, Hello):
             self._on_hello(identity, message)
             return
@@ -197,21 +211,17 @@ class PrefillThread(TransferThread):
         elif isinstance(message, Alive):
             self._on_alive(peer, message)
         elif isinstance(message, Ack | Nack | Done | Abort):
-            out = self.rooms.get(message.room)
-            outbound = out.outbounds.get(identity) if out else None
-            if out is None or outbound is None or outbound.nonce != message.nonce:
-                return  # of another transfer, or of one that is over
-            out.last_sign = time.monotonic()
-            self._on_progress(out, outbound, message)
+            transfer = self.rooms.get(message.room)
+            part = transfer.parts.get(identity) if transfer else None
+            if transfer is None or part is None or part.nonce != message.nonce:
+                return  # another transfer of the room, or one that is over
+            transfer.last_heard = time.monotonic()
+            self._on_progress(transfer, part, message)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         try:
-            if hello.wire_version != WIRE_VERSION:
-                raise TransferError(
-                    f"wire version: prefill {WIRE_VERSION}, decode {hello.wire_version}; install "
-                    f"the same sgl_kvq on both instances"
-                )
             check_fingerprint(self.fingerprint, hello.fingerprint)
+            check_codec(self._codec.name, self._codec.package, hello.codecs)
             if identity not in self.peers and len(self.peers) >= MAX_PEERS:
                 raise TransferError(f"{MAX_PEERS} decode ranks are connected already")
         except TransferError as error:
@@ -227,25 +237,29 @@ class PrefillThread(TransferThread):
         self._send(identity, Welcome(WIRE_VERSION, self.instance, heads.first, heads.count))
 
     def _on_request(self, peer: Peer, request: Request) -> None:
-        out = self.rooms.get(request.room)
-        outbound = out.outbounds.get(peer.identity) if out else None
-        if out is not None and outbound is not None and outbound.nonce == request.nonce:
-            out.last_sign = time.monotonic()
-            outbound.resume(request.have)
+        transfer = self.rooms.get(request.room)
+        part = transfer.parts.get(peer.identity) if transfer else None
+        if transfer is not None and part is not None and part.nonce == request.nonce:
+            transfer.last_heard = time.monotonic()
+            part.resume(request.have)
             return
-        reason = self._refusal(peer, out, outbound, request)
+        reason = self._refusal(peer, transfer, part, request)
         if reason is not None:
             self._tell(peer, Abort(request.room, request.nonce, reason))
             return
-        if out is None:
-            out = self.rooms[request.room] = OutRoom(request.room)
-        out.request = out.request or request
-        out.outbounds[peer.identity] = Outbound(out, peer, request, self._buffers)
-        out.last_sign = time.monotonic()
-        self._check_asked(out)
+        if transfer is None:
+            transfer = self.rooms[request.room] = OutgoingTransfer(request.room)
+        transfer.request = transfer.request or request
+        transfer.parts[peer.identity] = OutgoingPart(transfer, peer, request, self._buffers)
+        transfer.last_heard = time.monotonic()
+        self._check_requested(transfer)
 
     def _refusal(
-        self, peer: Peer, out: OutRoom | None, outbound: Outbound | None, request: Request
+        self,
+        peer: Peer,
+        transfer: OutgoingTransfer | None,
+        part: OutgoingPart | None,
+        request: Request,
     ) -> str | None:
         """Why a first request cannot be served; None if it can."""
         heads, mine = request.first_head, self.access.heads
@@ -256,76 +270,78 @@ class PrefillThread(TransferThread):
                 f"KV heads {heads} to {heads + request.num_heads}: this rank holds "
                 f"{mine.first} to {mine.end}"
             )
-        if outbound is not None:
-            return "this room is asked for twice by one peer"
-        if out is None:
-            rooms = sum(peer.identity in other.outbounds for other in self.rooms.values())
-            return "too many rooms at once" if rooms >= MAX_ROOMS_A_PEER else None
-        return out.refusal(request)
+        if part is not None:
+            return "this peer requested the room already"
+        if transfer is None:
+            rooms = sum(peer.identity in other.parts for other in self.rooms.values())
+            return "too many rooms at once" if rooms >= MAX_ROOMS_PER_PEER else None
+        return transfer.refusal(request)
 
-    def _check_asked(self, out: OutRoom) -> None:
-        ticket, request = out.ticket, out.request
-        if ticket is not None and request is not None and out.all_asked:
-            self.metrics.observe("bootstrapping", time.monotonic() - out.opened)
-            ticket.advance(lambda: self._on_asked(out.room, request))
+    def _check_requested(self, transfer: OutgoingTransfer) -> None:
+        state, request = transfer.state, transfer.request
+        if state is not None and request is not None and transfer.all_requested:
+            self.metrics.observe("bootstrapping", time.monotonic() - transfer.opened)
+            state.advance(lambda: self._on_requested(transfer.room, request))
 
     def _on_alive(self, peer: Peer, alive: Alive) -> None:
         for room, nonce in alive.rooms:
-            out = self.rooms.get(room)
-            if out is None:
+            transfer = self.rooms.get(room)
+            if transfer is None:
                 continue
-            outbound = out.outbounds.get(peer.identity)
-            if out.request is None or (outbound is not None and outbound.nonce == nonce):
-                out.last_sign = time.monotonic()
+            part = transfer.parts.get(peer.identity)
+            if transfer.request is None or (part is not None and part.nonce == nonce):
+                transfer.last_heard = time.monotonic()
 
     def _on_progress(
-        self, out: OutRoom, outbound: Outbound, message: Ack | Nack | Done | Abort
+        self, transfer: OutgoingTransfer, part: OutgoingPart, message: Ack | Nack | Done | Abort
     ) -> None:
         if isinstance(message, Abort):
-            self._fail(out, f"decode instance gave up: {message.reason}")
+            self._fail(transfer, f"decode instance gave up: {message.reason}")
         elif isinstance(message, Nack):
             self.metrics.checksum_failures.inc(len(message.seqs))
-            self._count_retries(out, outbound, outbound.send_again(message.seqs))
+            self._count_retries(transfer, part, part.retransmit(message.seqs))
         elif isinstance(message, Ack):
-            self._count_retries(out, outbound, outbound.acknowledge(message.seqs))
-        elif out.complete:
-            outbound.done = True
-            outbound.drop()
-            if out.all_done and out.ticket is not None:
-                out.ticket.finish(lambda: self._on_success(out.room))
-                self._report(out)
-                self._drop(out, None)
+            self._count_retries(transfer, part, part.acknowledge(message.seqs))
+        elif transfer.complete:
+            part.done = True
+            part.drop()
+            if transfer.all_done and transfer.state is not None:
+                transfer.state.finish(lambda: self._on_success(transfer.room))
+                self._report(transfer)
+                self._drop(transfer, None)
 
-    def _report(self, out: OutRoom) -> None:
+    def _report(self, transfer: OutgoingTransfer) -> None:
         self.metrics.finished("success")
-        seconds = time.monotonic() - out.opened
+        seconds = time.monotonic() - transfer.opened
         self.metrics.observe("transferring", seconds)
-        self.metrics.early_bytes.inc(out.early_bytes)
+        self.metrics.early_bytes.inc(transfer.early_bytes)
         logger.debug(
             "kvq-zmq: room %d sent: %d blocks, %d bytes (%d before prefill ended), %.3f s from "
             "arrival, %d peers",
-            out.room,
-            len(out.blocks),
-            out.bytes_sent,
-            out.early_bytes,
+            transfer.room,
+            len(transfer.blocks),
+            transfer.bytes_sent,
+            transfer.early_bytes,
             seconds,
-            len(out.outbounds),
+            len(transfer.parts),
         )
 
-    def _count_retries(self, out: OutRoom, outbound: Outbound, seqs: list[int]) -> None:
+    def _count_retries(
+        self, transfer: OutgoingTransfer, part: OutgoingPart, seqs: list[int]
+    ) -> None:
         self.metrics.retries.inc(len(seqs))
-        worn_out = [seq for seq in seqs if outbound.tries.get(seq, 0) >= MAX_TRIES]
-        if worn_out:
-            self._fail(out, f"block {worn_out[0]} did not arrive whole in {MAX_TRIES} tries")
+        exhausted = [seq for seq in seqs if part.tries.get(seq, 0) >= MAX_TRIES]
+        if exhausted:
+            self._fail(transfer, f"block {exhausted[0]} did not arrive whole in {MAX_TRIES} tries")
 
+    @override
     def work(self) -> bool:
-        """Send a few blocks."""
-        return self._pump.send_some(self.peers.values())
+        return self._sender.send_some(self.peers.values())
 
-    def settle(self) -> None:
-        """As the base."""
+    @override
+    def take_results(self) -> None:
         for peer in self.peers.values():
-            self._pump.send_read(peer)
+            self._sender.send_read(peer)
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if peer.reachable:
@@ -338,42 +354,44 @@ class PrefillThread(TransferThread):
             if identity in self.peers:
                 self.peers[identity].reachable = False
 
+    @override
     def tick(self) -> None:
-        """End rooms nobody has spoken of for too long, forget peers that are gone."""
+        """Expire transfers without a message for the deadline; forget idle peers."""
         now = time.monotonic()
         deadline_s = self.config.deadline_s
-        for out in list(self.rooms.values()):
-            if now - out.last_sign > deadline_s:
-                self._fail(out, self._silence(out))
+        for transfer in list(self.rooms.values()):
+            if now - transfer.last_heard > deadline_s:
+                self._fail(transfer, self._silence(transfer))
         for peer in list(self.peers.values()):
-            used = any(peer.identity in out.outbounds for out in self.rooms.values())
+            used = any(peer.identity in transfer.parts for transfer in self.rooms.values())
             if not used and now - peer.last_heard > 4 * deadline_s:
                 del self.peers[peer.identity]
 
-    def _silence(self, out: OutRoom) -> str:
+    def _silence(self, transfer: OutgoingTransfer) -> str:
         seconds = f"{self.config.deadline_s:g} s"
-        if out.ticket is None:
+        if transfer.state is None:
             return f"this request did not reach the prefill instance within {seconds}"
-        if out.request is None:
+        if transfer.request is None:
             return f"no decode instance asked for this request within {seconds}"
         return f"the decode instance has been silent about this request for {seconds}"
 
+    @override
     def send_alive(self) -> None:
-        """As the base."""
         rooms: dict[bytes, list[list[int]]] = {}
-        for out in self.rooms.values():
-            if out.ticket is None or out.ticket.over:
+        for transfer in self.rooms.values():
+            if transfer.state is None or transfer.state.over:
                 continue
-            for identity, outbound in out.outbounds.items():
-                if not outbound.done:
-                    rooms.setdefault(identity, []).append([out.room, outbound.nonce])
+            for identity, part in transfer.parts.items():
+                if not part.done:
+                    rooms.setdefault(identity, []).append([transfer.room, part.nonce])
         for identity, peer in self.peers.items():
             self._tell(peer, Alive(rooms.get(identity, [])))
 
+    @override
     def close(self) -> None:
-        """Fail every room and stop listening."""
-        for out in list(self.rooms.values()) if hasattr(self, "rooms") else []:
-            self._fail(out, "the prefill instance is shutting down")
+        """Fail every transfer and stop listening."""
+        for transfer in list(self.rooms.values()):
+            self._fail(transfer, "the prefill instance is shutting down")
         self.socket.close(linger=200)
         if self._authenticator is not None:
             self._authenticator.stop()

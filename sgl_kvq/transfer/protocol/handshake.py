@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 import xxhash
 
-from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.transfer.protocol.messages import Fingerprint
+
+if TYPE_CHECKING:
+    from sgl_kvq.config import KVQuantConfig
+    from sgl_kvq.formats.page_layout import PageLayout
 
 _SAMPLE_BYTES = 1024
 
@@ -24,9 +26,9 @@ def make_fingerprint(
 
     Args:
         config: The options of `--kv-quant`.
-        layouts: Of a page row of this rank in each layer.
+        layouts: Layout of a page row of this rank, by layer.
         num_kv_heads: KV heads of the model, over all ranks.
-        weights: See `weights_digest`.
+        weights: What `weights_digest` returned.
     """
     layout = layouts[0]
     return {
@@ -80,6 +82,25 @@ def check_fingerprint(prefill: Fingerprint, decode: Fingerprint) -> None:
         raise TransferError(
             f"prefill and decode instances differ in {'; '.join(differences)}; start both with the "
             f"same model and --kv-quant options"
+        )
+
+
+def check_codec(codec: str, package: str | None, decodable: list[str]) -> None:
+    """Refuse a decode instance that cannot undo the codec of the prefill instance.
+
+    Args:
+        codec: Name of the codec that the prefill instance sends with.
+        package: What pip installs for it; None if it needs nothing.
+        decodable: Names of the codecs that the decode instance can undo.
+
+    Raises:
+        TransferError: the codec is not among them; the message says what to install.
+    """
+    if codec not in decodable:
+        install = f"pip install {package}" if package else "install the same sgl_kvq on both"
+        raise TransferError(
+            f"--kv-quant-transfer-codec {codec}: the decode instance can undo "
+            f"{', '.join(decodable) or 'none'}; on its machine: {install}"
         )
 
 

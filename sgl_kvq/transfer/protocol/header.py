@@ -1,4 +1,4 @@
-"""The block header: 80 bytes before every payload (`docs/wire_format.md`). Needs no GPU."""
+"""The block header: 80 bytes for every payload (`docs/wire_format.md`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import NamedTuple
 import xxhash
 
 from sgl_kvq.errors import ChecksumError, WireError
+from sgl_kvq.memory_pool.page_io.span import Buffer, SpanKind
 
 MAGIC = b"KVQB"
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_BLOCK_BYTES = 16 * 2**20
 """Largest payload, before and after the codec; sockets drop a peer that sends more."""
 
@@ -23,21 +24,16 @@ HEADER_BYTES = _HEADER.size
 MAX_BLOCKS = 32
 """Most blocks in a message."""
 
-Buffer = bytes | bytearray | memoryview
-
 
 class BlockKind(IntEnum):
-    """What a payload holds.
+    """What a payload holds: a kind of span, or SGLang's record of the first token.
 
-    PAGES: closed pages, uint8 [layers, pages, heads * head bytes].
-    OPEN_ROWS: 16-bit rows of the last page, [layers, 2, rows, heads, head_dim].
-    SINK_ROWS: 16-bit rows of the first tokens of page 0, [layers, 2, rows, heads, head_dim].
-    METADATA: SGLang's record of the first token. It is the last block, so seq + 1 is their number.
+    METADATA is the last block of a transfer, so its seq + 1 is their number.
     """
 
-    PAGES = 0
-    OPEN_ROWS = 1
-    SINK_ROWS = 2
+    PAGES = SpanKind.PAGES
+    OPEN_ROWS = SpanKind.OPEN_ROWS
+    SINK_ROWS = SpanKind.SINK_ROWS
     METADATA = 3
 
 
@@ -48,7 +44,7 @@ class BlockHeader(NamedTuple):
     """What a payload is, where it belongs, and its checksum.
 
     Args:
-        kind: See `BlockKind`.
+        kind: What the payload holds.
         codec: Id of the lossless codec the payload went through.
         room: SGLang's `bootstrap_room`, uint64.
         nonce: Drawn by the decode instance for this transfer, uint64.

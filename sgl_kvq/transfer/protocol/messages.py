@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 import msgpack  # type: ignore[import-untyped]
 
 from sgl_kvq.errors import WireError
+from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 
 MAX_MESSAGE_BYTES = 256 * 2**10
 MAX_LIST = 16384
@@ -49,6 +50,7 @@ U16 = Annotated[int, _unsigned(16)]
 U32 = Annotated[int, _unsigned(32)]
 U64 = Annotated[int, _unsigned(64)]
 Text = Annotated[str, _is_text]
+Names = Annotated[list[str], _is_list_of(_is_text)]
 Seqs = Annotated[list[int], _is_list_of(_unsigned(32))]
 
 
@@ -56,12 +58,14 @@ Seqs = Annotated[list[int], _is_list_of(_unsigned(32))]
 class Hello:
     """Decode to prefill, first on a connection: who is there, and what must be equal.
 
-    `instance` is drawn anew by every process, so that a restart is noticed.
+    `instance` is random per process, so that a restart is noticed. `codecs` names the codecs that
+    this side can undo.
     """
 
     wire_version: U16
     instance: U64
     fingerprint: Annotated[Fingerprint, _is_fingerprint]
+    codecs: Names
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Refuse:
 class Request:
     """Decode has pages ready and wants a transfer; sent again after a lost connection.
 
-    `prefix_pages` leading pages are already there. `peers` decode ranks ask this prefill rank.
+    `prefix_pages` leading pages are already there. `peers` decode ranks send this prefill rank a
+    request for the room.
     `have` lists blocks that need not be sent again.
     """
 
@@ -141,6 +146,13 @@ class Alive:
     rooms: Annotated[list[list[int]], _is_list_of(_is_pair)]
 
 
+@dataclass(frozen=True)
+class OtherVersion:
+    """A Hello or Welcome of another wire version: nothing else of it can be read."""
+
+    wire_version: U16
+
+
 Message = Hello | Welcome | Refuse | Request | Ack | Nack | Done | Abort | Alive
 _TYPES: dict[str, type[Any]] = {
     cls.__name__.lower(): cls
@@ -167,7 +179,7 @@ def pack_message(message: Message) -> bytes:
     return bytes(msgpack.packb({"type": cls.__name__.lower(), **fields}))
 
 
-def parse_message(data: bytes | memoryview) -> Message:
+def parse_message(data: bytes | memoryview) -> Message | OtherVersion:
     """Decode a message from untrusted bytes.
 
     Raises:
@@ -186,6 +198,9 @@ def parse_message(data: bytes | memoryview) -> Message:
     cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise WireError(f"message: expected a type of {', '.join(_TYPES)}, got {str(name)[:40]!r}")
+    version = fields.get("wire_version", WIRE_VERSION)
+    if cls in (Hello, Welcome) and version != WIRE_VERSION and _unsigned(16)(version):
+        return OtherVersion(version)
     _check_fields(cls, fields)
     message: Message = cls(**fields)
     return message

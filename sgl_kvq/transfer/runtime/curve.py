@@ -64,7 +64,7 @@ def secure_server(socket: zmq.Socket[bytes], folder: Path) -> ThreadAuthenticato
     """Let only holders of a key in the folder connect; call before the socket binds.
 
     Args:
-        socket: Of the prefill instance.
+        socket: ROUTER socket of the prefill instance.
         folder: Holds prefill.key_secret and the public key of every decode instance.
 
     Returns:
@@ -86,7 +86,7 @@ def secure_client(socket: zmq.Socket[bytes], folder: Path) -> None:
     """Connect with this decode instance's key, to the holder of the prefill key only.
 
     Args:
-        socket: Of the decode instance, not connected yet.
+        socket: DEALER socket of the decode instance, not connected yet.
         folder: Holds prefill.key and one secret key besides prefill's.
 
     Raises:

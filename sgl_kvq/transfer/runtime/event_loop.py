@@ -1,4 +1,4 @@
-"""The thread that owns a rank's sockets, and the flag it shares with the scheduler thread."""
+"""The thread that owns a rank's sockets: commands, messages, timers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from contextlib import suppress
 import zmq
 
 from sgl_kvq.errors import KvqError
-from sgl_kvq.memory_pool.page_io.cpu import PoolAccess
+from sgl_kvq.memory_pool.page_io.base import PoolAccess
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.handshake import digest
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, MAX_BLOCKS
 from sgl_kvq.transfer.protocol.messages import MAX_MESSAGE_BYTES, Fingerprint
 from sgl_kvq.transfer.runtime.metrics import TransferMetrics
-from sgl_kvq.transfer.runtime.workers import Helpers
+from sgl_kvq.transfer.runtime.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class TransferThread(threading.Thread):
         side: "prefill" or "decode".
         config: The options.
         access: The pool of this rank.
-        fingerprint: What the other side must have in common.
+        fingerprint: Values that the other side must have as well.
         instance: Drawn by this process, uint64.
     """
 
@@ -61,8 +61,9 @@ class TransferThread(threading.Thread):
         self.poller.register(self._wake, zmq.POLLIN)
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
-        self._settling = False
-        self.helpers = Helpers(config.helpers if access.shareable else 0, self._on_job_done)
+        self._results_posted = False
+        num_workers = config.workers if access.shareable else 0
+        self.workers = WorkerPool(num_workers, self._on_job_done)
 
     def post(self, command: Callable[[], None]) -> None:
         """Run a command in this thread soon; may be called from any thread."""
@@ -78,7 +79,7 @@ class TransferThread(threading.Thread):
             self.join(timeout=5)
 
     def make_socket(self, kind: int) -> zmq.Socket[bytes]:
-        """A socket whose peer cannot make it hang, grow without bound, or linger."""
+        """A socket without linger, with heartbeats, that drops a peer with oversized frames."""
         socket = self.context.socket(kind)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0  # the window bounds what is on the way
@@ -92,7 +93,7 @@ class TransferThread(threading.Thread):
     def run(self) -> None:
         """Loop until `stop`."""
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        self.helpers.start()
+        self.workers.start()
         next_tick = next_alive = time.monotonic()
         try:
             while not self._stopping.is_set():
@@ -115,29 +116,29 @@ class TransferThread(threading.Thread):
                     next_alive = now + ALIVE_S
         finally:
             self._guard(self.close)
-            self.helpers.stop()
+            self.workers.stop()
             os.close(self._wake)
             self.context.destroy(linger=0)
 
     def _guard(self, step: Callable[[], None]) -> None:
-        """One bad step must not end the transfers of all others."""
+        """Log the exception of a step: it must not end all transfers."""
         try:
             step()
         except Exception:
             logger.exception("kvq-zmq: a step of the transfer thread failed")
 
     def _on_job_done(self) -> None:
-        """In a helper: one `settle` for all jobs that are done when it begins."""
-        if not self._settling:
-            self._settling = True
-            self.post(self._settle)
+        """In a worker: post one `take_results` for all jobs that are done when it runs."""
+        if not self._results_posted:
+            self._results_posted = True
+            self.post(self._take_results)
 
-    def _settle(self) -> None:
-        self._settling = False
-        self.settle()
+    def _take_results(self) -> None:
+        self._results_posted = False
+        self.take_results()
 
-    def settle(self) -> None:
-        """Go on with blocks that helpers have worked on."""
+    def take_results(self) -> None:
+        """Continue with blocks whose jobs the workers have done."""
         raise NotImplementedError
 
     def receive(self, socket: zmq.Socket[bytes]) -> None:
@@ -151,7 +152,7 @@ class TransferThread(threading.Thread):
                     self.count_refused(error)
 
     def count_refused(self, error: KvqError) -> None:
-        """Note a message or block that makes no sense."""
+        """Count a message or block that was refused."""
         self.metrics.refused.inc()
         logger.debug("kvq-zmq: message dropped: %s", error)
 
@@ -159,7 +160,7 @@ class TransferThread(threading.Thread):
         """Handle one message.
 
         Raises:
-            KvqError: it makes no sense; nothing was changed.
+            KvqError: the message is invalid; nothing was changed.
         """
         raise NotImplementedError
 
@@ -168,11 +169,11 @@ class TransferThread(threading.Thread):
         return False
 
     def tick(self) -> None:
-        """Look after deadlines; every `TICK_S`."""
+        """Check deadlines; every `TICK_S`."""
         raise NotImplementedError
 
     def send_alive(self) -> None:
-        """Tell every peer what this side works on; every `ALIVE_S`."""
+        """Send a keep-alive with the rooms that this side works on; every `ALIVE_S`."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -181,7 +182,7 @@ class TransferThread(threading.Thread):
 
 
 def _receive_frames(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """A message as it lies in ZeroMQ's memory; of too many frames only so many that it shows.
+    """Receive a message without a copy; of one with too many frames, one more than the limit.
 
     Raises:
         zmq.Again: there is none.

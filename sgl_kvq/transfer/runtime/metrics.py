@@ -42,8 +42,8 @@ class TransferMetrics:
         """Count a block that left or was committed.
 
         Args:
-            kind: Of the block.
-            wire_bytes: Of its payload.
+            kind: What the block holds.
+            wire_bytes: Payload as sent.
             page_parts: Closed pages times layers times heads in it.
             parts_of_a_page: Layers times heads of this rank.
         """
@@ -88,7 +88,7 @@ def _collectors() -> tuple[dict[str, Any], Any]:
             "Blocks whose checksum did not hold",
             ("side",),
         ),
-        ("sgl_kvq:transfer_refused_messages_total", "Messages that make no sense", ("side",)),
+        ("sgl_kvq:transfer_refused_messages_total", "Messages that were refused", ("side",)),
         ("sgl_kvq:transfer_transfers_total", "Transfers that ended", ("side", "result")),
     )
     counters = {name: Counter(name, text, labels) for name, text, labels in rows}

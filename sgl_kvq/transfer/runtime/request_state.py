@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class RequestState:
-    """One request's state, written by several threads; nothing happens to it once it is over.
+    """Whether one request's transfer is over; no transition and no write after that.
 
     Args:
         on_failure: Called with the reason, once, unless the transfer succeeded before.
@@ -24,7 +24,8 @@ class RequestState:
     def fail(self, reason: str) -> bool:
         """End the transfer with a reason; False if it was over already.
 
-        Whatever it returns, nobody is in `write` any more and nobody will be.
+        Waits for running writes (on a GPU each ends with a stream synchronization); none runs or
+        begins after this returns.
         """
         with self.lock:
             self._drain()
@@ -35,7 +36,7 @@ class RequestState:
             return True
 
     def finish(self, on_success: Callable[[], None]) -> bool:
-        """End the transfer well, with every write behind it; False if it was over already."""
+        """End the transfer with success, after its last write; False if it was over already."""
         with self.lock:
             if self.over:
                 return False
@@ -44,7 +45,7 @@ class RequestState:
             return True
 
     def forget(self) -> None:
-        """End the transfer, if it is not over, and tell nobody; as `fail`, after every write."""
+        """End the transfer without a callback; waits for running writes as `fail` does."""
         with self.lock:
             self._drain()
             self.over = True
@@ -55,7 +56,7 @@ class RequestState:
             self._drained.wait()
 
     def write(self, step: Callable[[], None]) -> None:
-        """Run something only if the transfer is not over; several threads may at the same time."""
+        """Run a write unless the transfer is over; several threads may write at the same time."""
         with self.lock:
             if self.over or self._ending:
                 return
@@ -69,7 +70,7 @@ class RequestState:
                     self._drained.notify_all()
 
     def advance(self, step: Callable[[], None]) -> None:
-        """Run something only if the transfer is not over."""
+        """Run a step under the lock unless the transfer is over."""
         with self.lock:
             if not self.over:
                 step()

@@ -1,34 +1,35 @@
-"""Threads that copy and hash large blocks beside the transfer thread, a message's at a time.
+"""A worker pool that copies and hashes large blocks beside the transfer thread.
 
-NumPy's copies and xxHash let other Python threads run while they work on a large block (xxHash from
-version 3.6 or 4 on, by package), so blocks are worked on side by side. Small blocks are not: their
-threads would wait for Python's lock more often than they gain.
+NumPy's copies and xxHash release Python's lock while they work on a large block (xxHash from
+version 3.6 or 4 on, by package), so blocks are worked on in parallel. Small blocks are not: their
+threads would wait for the lock more often than they gain.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-HELPED_BYTES = 512 * 2**10
-"""Blocks from this size on are worth handing over."""
+MIN_POOLED_BYTES = 512 * 2**10
+"""A message with a block of at least this size goes to the pool."""
 
 
-def default_helpers() -> int:
+def default_workers() -> int:
     """Three on a machine with cores to spare: ZeroMQ's and the transfer thread need two."""
     return max(0, min(3, len(os.sched_getaffinity(0)) - 2))
 
 
-class Job:
-    """A piece of work on one block; `error` says why it came to nothing.
+class Job(ABC):
+    """Worker-pool job for one block; `error` is the exception if it failed.
 
-    The transfer thread makes it, one thread runs it, and the transfer thread looks at it again once
+    The transfer thread makes it, one thread runs it, and the transfer thread reads its result once
     it is `done`.
 
     Args:
-        nbytes: Of the block.
+        nbytes: Size of the block.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -44,17 +45,17 @@ class Job:
             self.error = error
         self.done = True
 
+    @abstractmethod
     def work(self) -> None:
         """The work itself, in any thread."""
-        raise NotImplementedError
 
 
-class Helpers:
-    """A few threads with a short queue; whoever finds it full does the work itself.
+class WorkerPool:
+    """A few threads with a short queue; a caller that finds it full does the work itself.
 
     Args:
         count: Threads, 0 for none.
-        on_done: Called in a helper after the jobs of a message.
+        on_done: Called in a worker after the jobs of a message.
     """
 
     def __init__(self, count: int, on_done: Callable[[], None]) -> None:
@@ -65,16 +66,13 @@ class Helpers:
     def start(self) -> None:
         """Start the threads."""
         for _ in range(self._count):
-            thread = threading.Thread(target=self._run, name="kvq-transfer-helper", daemon=True)
+            thread = threading.Thread(target=self._run, name="kvq-transfer-worker", daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs of a message here, or let a helper do it.
-
-        A helper does it if there is a large block among them and a helper will have time soon.
-        """
-        large = any(job.nbytes >= HELPED_BYTES for job in jobs)
+        """Queue the jobs of a message if one is large and a worker is free soon; else run them."""
+        large = any(job.nbytes >= MIN_POOLED_BYTES for job in jobs)
         if large and self._queue.qsize() < len(self._threads):
             self._queue.put(jobs)
             return
