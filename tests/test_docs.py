@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from scripts.draw_kv_layout import bytes_table, field_table
 from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_layout_tables_are_what_the_code_says() -> None:
