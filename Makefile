@@ -1,29 +1,44 @@
 # `make demo` and `make test` set everything up on a bare machine and reuse it the second time.
 # Needs Python 3.11 or 3.12 with venv; PYTHON=... chooses one.
+# HOST=VERSION takes another SGLang, in an environment of its own: `make test HOST=0.5.23`.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv; sys.exit(not (3,11) <= sys.version_info < (3,13))' \
 	&& echo $$p && break; done)
-VENV := .venv
+OLDEST := 0.5.17
+HOST ?= $(OLDEST)
+VENV := .venv$(if $(filter-out $(OLDEST),$(HOST)),-$(HOST))
 BIN := $(VENV)/bin
+LOCK := locks/sglang-$(HOST).txt
 MODEL := .model/smollm2-135m
 DEMO_ARGS ?=
 # Test processes, of one thread and up to 4 GB each; 0 runs all in one, as a single GPU wants.
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 0 || echo 2)
 # Tests that measure time or talk to servers in other processes have the machine for themselves.
-ALONE := tests/transfer tests/serving/test_metrics.py \
+ALONE := tests/transfer tests/serving/test_metrics.py tests/examples/test_servers.py \
 	tests/benchmarks/test_links.py tests/benchmarks/test_multi_agent.py
+# Tests that run without SGLang and a model; those of tests/transfer measure time.
+FAST := tests/formats tests/memory_pool tests/kernels tests/attention tests/test_config.py \
+	tests/test_imports.py
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install model demo demo-pd test test-long check bench clean
+.PHONY: install lock model demo demo-pd test test-fast test-long check docs bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+# pip checks every download against the lock file.
+$(VENV)/.installed: pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.11 or 3.12 with venv on PATH; install one or set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Resolve the dependencies anew; names, versions and hashes only, so that any index will do.
+lock:
+	echo "sglang==$(HOST)" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade \
+		--extra dev --output-file $(LOCK) --constraints - pyproject.toml
 
 model: $(MODEL)/model.safetensors
 
@@ -37,21 +52,29 @@ demo: install model
 demo-pd: install model
 	$(BIN)/python -m benchmarks.pd.demo $(DEMO_ARGS)
 
-test: install model
-	$(BIN)/python -m pytest -m "not long" $(ALONE:%=--ignore=%) \
+test: install model docs
+	$(PYTEST) -m "not long" $(ALONE:%=--ignore=%) \
 		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m "not long" $(ALONE)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not long" -n $(WORKERS) tests/kernels/triton
+	$(PYTEST) -m "not long" $(ALONE)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not long" -n $(WORKERS) tests/kernels/triton
+
+test-fast: install
+	TRITON_INTERPRET=1 $(PYTEST) -p tests.support.without_sglang -m fast \
+		-n $(WORKERS) --dist worksteal $(wildcard $(FAST))
+	$(PYTEST) -p tests.support.without_sglang -m fast tests/transfer
 
 test-long: install model
-	$(BIN)/python -m pytest -m long
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m long tests/kernels/triton
+	$(PYTEST) -m long
+	TRITON_INTERPRET=1 $(PYTEST) -m long tests/kernels/triton
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: install model
 	$(BIN)/python -m benchmarks.kernels.cpu_decode
 
 clean:
-	rm -rf $(VENV) .model out
+	rm -rf .venv .venv-* .model out

