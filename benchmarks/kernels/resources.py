@@ -29,7 +29,7 @@ from sgl_kvq.kernels.decode.api import MAX_REGISTERS
 from sgl_kvq.kernels.decode.configs import tail_units
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
-from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
+from sgl_kvq.kernels.extend.kernel import _copy_rows_kernel, _dequantize_pages_kernel
 
 FORMATS = ("hack2", "hack4", "kvq2", "kvq4", "saw4", "bf16")
 NUM_KV_HEADS, GQA_GROUP, SINK_TOKENS = 8, 4, 4
@@ -44,8 +44,11 @@ def kernels(spec: PageSpec, arch: int) -> Iterator[tuple[str, Any, dict[str, Any
         "TAIL": tail_units(SINK_TOKENS), "PDL": arch >= 90,
     }  # fmt: skip
     yield "decode", _decode_fwd_kernel, decoding, {"num_warps": 1, "maxnreg": MAX_REGISTERS}
-    filling = {**pages, "OUT_DIM": prefill_head_dim(spec.head_dim)}
-    yield "fill", _fill_fwd_kernel, filling, {"num_warps": 4, "enable_fp_fusion": False}
+    copying = {"OUT_DIM": prefill_head_dim(spec.head_dim), "SPEC": spec}
+    yield "copy", _copy_rows_kernel, copying, {"num_warps": 4}
+    dequantizing = {"SINKS": SINK_TOKENS, **copying}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    yield "dequantize", _dequantize_pages_kernel, dequantizing, options
     yield "append", _append_fwd_kernel, pages, {"num_warps": 8, "enable_fp_fusion": False}
     yield "close", _close_fwd_kernel, pages, {"num_warps": 8, "enable_fp_fusion": False}
 

@@ -14,7 +14,7 @@ from sgl_kvq.kernels.common.compile import compile_for
 from sgl_kvq.kernels.common.page_spec import PageSpec, page_spec
 from sgl_kvq.kernels.common.rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
-from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
+from sgl_kvq.kernels.extend.kernel import _copy_rows_kernel, _dequantize_pages_kernel
 from sgl_kvq.kernels.page_table.kernel import _tables_fwd_kernel
 
 pytestmark = pytest.mark.skipif(
@@ -83,9 +83,13 @@ def test_rotation(arch: int) -> None:
 @pytest.mark.parametrize(
     ("arch", "name", "head_dim"), [(80, "kvq2", 128), (89, "saw4", 80), (90, "bf16", 128)]
 )
-def test_fill(arch: int, name: str, head_dim: int) -> None:
-    constants = {"SINKS": 4, "OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}
-    assert compile_for(_fill_fwd_kernel, arch, constants, num_warps=4, enable_fp_fusion=False)
+def test_scratch_fill(arch: int, name: str, head_dim: int) -> None:
+    constants = {"OUT_DIM": 128, "SPEC": spec_of(name, head_dim)}
+    assert compile_for(_copy_rows_kernel, arch, constants, num_warps=4)
+    constants["SINKS"] = 4
+    assert compile_for(
+        _dequantize_pages_kernel, arch, constants, num_warps=4, enable_fp_fusion=False
+    )
 
 
 @pytest.mark.parametrize("arch", [80, 90])

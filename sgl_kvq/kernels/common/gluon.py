@@ -99,6 +99,7 @@ def _interpreted_language() -> SimpleNamespace:
         setattr(namespace, name, getattr(gluon_language, name))
     namespace.allocate_shared_memory = lambda dtype, shape, layout: _InterpretedBuffer(shape)
     namespace.pointer_type = tl.pointer_type
+    namespace.to_tensor = lambda number: number
     namespace.arange, namespace.full, namespace.zeros = arange, full, zeros
     namespace.convert_layout = convert_layout
     return namespace

@@ -8,6 +8,8 @@ factor (keys) or in the result (values).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import INTERPRET, async_copy, constexpr_function, gl, jit
@@ -36,6 +38,26 @@ from sgl_kvq.kernels.common.layouts import (
 )
 
 CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)  # 1 / the smallest float16 subnormal
+
+
+class PageBuffers(NamedTuple):
+    """Shared memory for some pages of one head; the first dimension of each counts pages.
+
+    Args:
+        k_codes: int16 [stages, PAGE, key_words].
+        k_scales: bfloat16 [stages, planes, 2 * key_words] with a scale a channel, otherwise
+            [stages, meta_rows, PAGE], minima behind the scales.
+        k_mins: bfloat16 [stages, 1, padded_dim] with a minimum a channel, otherwise `k_scales`.
+        v_codes: int16 [stages, value_rows, 32].
+        v_meta: bfloat16 [stages, meta_rows, PAGE], scales and minima of tokens; not to be read
+            with a scale a channel.
+    """
+
+    k_codes: Any
+    k_scales: Any
+    k_mins: Any
+    v_codes: Any
+    v_meta: Any
 
 
 @constexpr_function
@@ -136,30 +158,27 @@ def split_last(x, NUM_BITS: tl.constexpr):
 
 @jit
 def allocate_page(STAGES: tl.constexpr, SPEC: tl.constexpr):
-    """Shared memory for STAGES pages of one head.
-
-    Returns:
-        Key codes, key scales and minima (channel axis: two buffers; token axis: one, twice), value
-        codes, value scales and minima (token axis only).
-    """
+    """Allocate `PageBuffers` for STAGES pages."""
     LAYOUT: tl.constexpr = shared_layout()
-    keys = gl.allocate_shared_memory(gl.int16, [STAGES, PAGE, key_words(SPEC)], LAYOUT)
+    k_codes = gl.allocate_shared_memory(gl.int16, [STAGES, PAGE, key_words(SPEC)], LAYOUT)
     if SPEC.k.per_channel:
         WIDTH: tl.constexpr = 2 * key_words(SPEC)
-        scales = gl.allocate_shared_memory(gl.bfloat16, [STAGES, num_planes(SPEC.k), WIDTH], LAYOUT)
-        mins = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, padded_dim(SPEC)], LAYOUT)
+        k_scales = gl.allocate_shared_memory(
+            gl.bfloat16, [STAGES, num_planes(SPEC.k), WIDTH], LAYOUT
+        )
+        k_mins = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, padded_dim(SPEC)], LAYOUT)
     else:
-        scales = gl.allocate_shared_memory(
+        k_scales = gl.allocate_shared_memory(
             gl.bfloat16, [STAGES, meta_rows(SPEC, SPEC.k), PAGE], LAYOUT
         )
-        mins = scales
-    values = gl.allocate_shared_memory(gl.int16, [STAGES, value_rows(SPEC), 32], LAYOUT)
-    meta = values
+        k_mins = k_scales
+    v_codes = gl.allocate_shared_memory(gl.int16, [STAGES, value_rows(SPEC), 32], LAYOUT)
+    v_meta = v_codes
     if not SPEC.v.per_channel:
-        meta = gl.allocate_shared_memory(
+        v_meta = gl.allocate_shared_memory(
             gl.bfloat16, [STAGES, meta_rows(SPEC, SPEC.v), PAGE], LAYOUT
         )
-    return keys, scales, mins, values, meta
+    return PageBuffers(k_codes, k_scales, k_mins, v_codes, v_meta)
 
 
 @jit
@@ -184,41 +203,43 @@ def _copy_tile(
 
 @jit
 def start_page(buffers, stage, head_ptr, wanted, SPEC: tl.constexpr):
-    """Start copying one head's slice of a page into shared memory; one group of copies."""
-    keys, scales, mins, values, meta = buffers
+    """Start copying one head's slice of a page into a stage of the buffers, if it is wanted.
+
+    The copies are one group of `async_copy`, also when nothing is wanted.
+    """
     words_ptr = head_ptr.to(gl.pointer_type(gl.int16))
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16))
     WORDS: tl.constexpr = plane_width(SPEC, SPEC.k) // 2
     _copy_tile(
-        keys.index(stage), words_ptr + SPEC.k.codes // 2, wanted,
+        buffers.k_codes.index(stage), words_ptr + SPEC.k.codes // 2, wanted,
         PAGE, WORDS, WORDS, PAGE, key_words(SPEC),
     )  # fmt: skip
     if SPEC.k.per_channel:
         PLANES: tl.constexpr = num_planes(SPEC.k)
         WIDTH: tl.constexpr = plane_width(SPEC, SPEC.k)
         _copy_tile(
-            scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
+            buffers.k_scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
             PLANES, WIDTH, WIDTH, PLANES, 2 * key_words(SPEC),
         )  # fmt: skip
         _copy_tile(
-            mins.index(stage), meta_ptr + SPEC.k.mins // 2, wanted,
+            buffers.k_mins.index(stage), meta_ptr + SPEC.k.mins // 2, wanted,
             1, SPEC.head_dim, SPEC.head_dim, 1, padded_dim(SPEC),
         )  # fmt: skip
     else:
         GROUPS: tl.constexpr = num_groups(SPEC, SPEC.k)
         _copy_tile(
-            scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
+            buffers.k_scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
             2 * GROUPS, PAGE, PAGE, meta_rows(SPEC, SPEC.k), PAGE,
         )  # fmt: skip
     ROWS: tl.constexpr = plane_width(SPEC, SPEC.v)
     _copy_tile(
-        values.index(stage), words_ptr + SPEC.v.codes // 2, wanted,
+        buffers.v_codes.index(stage), words_ptr + SPEC.v.codes // 2, wanted,
         ROWS, 32, 32, value_rows(SPEC), 32,
     )  # fmt: skip
     if not SPEC.v.per_channel:
         GROUPS_V: tl.constexpr = num_groups(SPEC, SPEC.v)
         _copy_tile(
-            meta.index(stage), meta_ptr + SPEC.v.scales // 2, wanted,
+            buffers.v_meta.index(stage), meta_ptr + SPEC.v.scales // 2, wanted,
             2 * GROUPS_V, PAGE, PAGE, meta_rows(SPEC, SPEC.v), PAGE,
         )  # fmt: skip
     async_copy.commit_group()

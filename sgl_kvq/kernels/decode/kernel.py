@@ -18,47 +18,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_kvq.kernels.common.gluon import (
-    barrier,
-    gl,
-    jit,
-)
-from sgl_kvq.kernels.common.layouts import (
-    PAGE,
-    lane_sum_layout,
-    mma_layout,
-    num_groups,
-    num_planes,
-    overlaps,
-    plane_width,
-    value_rows,
-)
-from sgl_kvq.kernels.common.tiles import (
-    CODE_UNIT,
-    allocate_page,
-)
-from sgl_kvq.kernels.decode.configs import ROWS_PER_UNIT
-from sgl_kvq.kernels.decode.operands import (
-    code_queries,
-    extra_queries,
-    min_queries,
-    power_of_2_above,
-    row_queries,
-    value_unit,
-)
-from sgl_kvq.kernels.decode.pages import (
-    attend_pages,
-    start_pages,
-)
+from sgl_kvq.kernels.common.gluon import gl, jit
+from sgl_kvq.kernels.common.tiles import allocate_page
+from sgl_kvq.kernels.decode.operands import code_operands, row_queries
+from sgl_kvq.kernels.decode.pages import attend_pages, start_pages
 from sgl_kvq.kernels.decode.rows import (
-    attend_rows,
+    attend_raw_pages,
+    attend_tail,
     load_fresh_row,
-    prefetch_rows,
+    owns_fresh_row,
+    prefetch_open_page,
     store_fresh_row,
 )
+from sgl_kvq.kernels.decode.segment import FreshRow, Queries, Segment, Storage
+from sgl_kvq.kernels.decode.softmax import empty_softmax, store_partial
 
-CHUNK: tl.constexpr = tl.constexpr(ROWS_PER_UNIT)
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 # Arguments whose value or address must not make Triton compile another variant.
 PAGE_TABLE = (
     *("kv_indptr_ptr", "kv_indices_ptr", "kv_last_page_len_ptr", "open_slots_ptr"),
@@ -76,136 +50,62 @@ _first_unit_of = triton.jit(_first_unit)  # for the merge, which is plain Triton
 
 
 @jit
-def store_partial(
-    out_ptr, stat_ptr, slot, m_run, lane_sum, offsets, acc,
-    HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """Write unnormalized output [GQA, head_dim], shift and sum [2, GQA] of a partial result."""
-    COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
-    heads = gl.arange(0, HEADS, COLS)
-    total = gl.convert_layout(gl.sum(lane_sum, axis=0), COLS)
-    stat_ptr += slot * (2 * GQA)
-    gl.store(stat_ptr + heads, m_run, mask=heads < GQA)
-    gl.store(stat_ptr + GQA + heads, total, mask=heads < GQA)
-    WIDTH: tl.constexpr = plane_width(SPEC, SPEC.v)
-    rows = gl.arange(0, value_rows(SPEC), gl.SliceLayout(1, mma_layout()))
-    out_ptr += slot.to(gl.int64) * (GQA * SPEC.head_dim)
-    for plane in tl.static_range(num_planes(SPEC.v)):
-        out = acc[plane] * value_unit(SPEC, plane)
-        channels = plane * WIDTH + rows
-        for group in tl.static_range(len(offsets)):
-            if overlaps(SPEC, SPEC.v, plane, group):
-                low = gl.convert_layout(gl.sum(offsets[group], axis=0), COLS)
-                inside = channels // SPEC.v.group_channels == group
-                out = out + gl.where(inside[:, None], low[None, :], 0.0)
-        ptrs = out_ptr + heads[None, :] * SPEC.head_dim + channels[:, None]
-        gl.store(ptrs, out, mask=(rows < WIDTH)[:, None] & (heads < GQA)[None, :])
-
-
-@jit
 def _grid_control(ASM: tl.constexpr):
     """Run an instruction of programmatic dependent launch, as an operation that returns 0."""
     return gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
-def attend_segment(
-    first_unit, end_unit, request, head, num_closed,
-    q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
-    fresh_k_ptr, fresh_v_ptr, pages_ptr, open_rows_ptr, sink_rows_ptr,
-    kv_indices_ptr, first_page_index, last_page_len, open_slot, sink_slot,
-    out_ptr, stat_ptr, slot, sm_scale_log2, buffers,
+def _wait_for_previous_kernel(storage, queries, fresh):
+    """Wait for the kernel before this one, which may write all of these but closed pages.
+
+    Returns:
+        The arguments. Addresses depend on the wait, so that no load is moved ahead of it; times 16,
+        so that the compiler still knows their alignment.
+    """
+    waited = 16 * _grid_control("griddepcontrol.wait; mov.b32 $0, 0;")
+    return (
+        Storage(
+            storage.pages_ptr, storage.open_rows_ptr + waited, storage.sink_rows_ptr + waited
+        ),
+        Queries(
+            queries.rows_ptr + waited, queries.rows_stride,
+            queries.codes_ptr + waited, queries.codes_stride,
+        ),
+        FreshRow(fresh.k_ptr + waited, fresh.v_ptr + waited),
+    )  # fmt: skip
+
+
+@jit
+def _attend_segment(
+    segment, storage, queries, fresh, buffers, sm_scale_log2,
     FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """One program's share of one (request, KV head)."""
-    COLS: tl.constexpr = gl.SliceLayout(0, mma_layout())
-    page_ptr = pages_ptr + head * SPEC.head_bytes
-    indices_ptr = kv_indices_ptr + first_page_index
-    end_page = gl.minimum(end_unit, num_closed)
+    """Attention of one KV head's queries over a segment's units: a `SoftmaxState`."""
     if not SPEC.k.is_raw:
-        # On their way while the queries are prepared.
-        here, coming = start_pages(
-            first_unit, end_page, indices_ptr, page_ptr, buffers, STAGES, SPEC
-        )
+        # Copied while the queries are prepared; closed pages are older than the previous kernel.
+        cursor = start_pages(segment, storage, buffers, STAGES, SPEC)
     if PDL:
-        # Closed pages and tables are older than the kernel before this one; all else may be its
-        # work. Addresses depend on the wait, so that no load is moved ahead of it; times 16, so
-        # that the compiler still knows their alignment.
-        waited = 16 * _grid_control("griddepcontrol.wait; mov.b32 $0, 0;")
-        q_ptr += waited
-        q_codes_ptr += waited
-        fresh_k_ptr += waited
-        fresh_v_ptr += waited
-        open_rows_ptr += waited
-        sink_rows_ptr += waited
-    q_ptr += request.to(gl.int64) * stride_q_b + head * GQA * stride_q_h
-    q_codes_ptr += request.to(gl.int64) * stride_qc_b + head * GQA * stride_qc_h
+        storage, queries, fresh = _wait_for_previous_kernel(storage, queries, fresh)
     if FRESH:
-        # Stored by the program whose piece has the unit with this row, once the queries are here.
-        newest = num_closed + (last_page_len - 1) // CHUNK
-        stores = (first_unit <= newest) & (newest < end_unit)
-        k_row, v_row = load_fresh_row(fresh_k_ptr, fresh_v_ptr, stores, SPEC)
-    q_rows = row_queries(q_ptr, stride_q_h, HEADS, GQA, SPEC)
-    ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
-    open_ptr = open_rows_ptr + open_slot.to(gl.int64) * (2 * PAGE * ROW) + head * SPEC.head_dim
-    sink_ptr = sink_rows_ptr + sink_slot.to(gl.int64) * (2 * SINKS * ROW) + head * SPEC.head_dim
-    if end_unit > num_closed:
-        prefetch_rows(open_ptr, last_page_len, SPEC)
+        is_owner = owns_fresh_row(segment)
+        k_row, v_row = load_fresh_row(fresh, is_owner, SPEC)
+    q_rows = row_queries(queries.rows_ptr, queries.rows_stride, HEADS, GQA, SPEC)
+    if segment.end > segment.num_closed:
+        prefetch_open_page(segment, storage, SPEC)
     if FRESH:
-        store_fresh_row(open_ptr + (last_page_len - 1) * ROW, k_row, v_row, stores, SPEC)
-        barrier()  # other lanes read it below
-    m_run = gl.full([HEADS], LOWEST, gl.float32, COLS)
-    lane_sum = gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS))
-    offsets = ()
-    if not SPEC.v.per_channel and not SPEC.v.is_raw:
-        for _ in tl.static_range(num_groups(SPEC, SPEC.v)):
-            offsets = offsets + (gl.zeros([8, HEADS], gl.float32, lane_sum_layout(HEADS)),)
-    acc = ()
-    for _ in tl.static_range(num_planes(SPEC.v)):
-        acc = acc + (gl.zeros([value_rows(SPEC), HEADS], gl.float32, mma_layout()),)
+        store_fresh_row(k_row, v_row, segment, storage, is_owner, SPEC)
+    state = empty_softmax(HEADS, SPEC)
     if SPEC.k.is_raw:
-        for index in range(first_unit, end_page):
-            page = gl.load(indices_ptr + index).to(gl.int64)
-            rows_ptr = page_ptr + page * SPEC.page_bytes
-            k_ptr = (rows_ptr + SPEC.k.codes).to(open_rows_ptr.dtype)
-            v_ptr = (rows_ptr + SPEC.v.codes).to(open_rows_ptr.dtype)
-            for chunk in range(0, PAGE, CHUNK):
-                masked = SINKS - chunk if index == 0 else 0
-                m_run, lane_sum, offsets, acc = attend_rows(
-                    k_ptr + chunk * SPEC.head_dim, v_ptr + chunk * SPEC.head_dim, SPEC.head_dim,
-                    masked, 16, q_rows, sm_scale_log2, m_run, lane_sum, offsets, acc, HEADS, SPEC,
-                )  # fmt: skip
+        state = attend_raw_pages(segment, storage, q_rows, sm_scale_log2, state, SINKS, HEADS, SPEC)
     else:
-        q = q_rows
-        if SPEC.k.rotation > 1:
-            q = row_queries(q_codes_ptr, stride_qc_h, HEADS, GQA, SPEC)
-        norm = power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
-        q_codes = code_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
-        q_extra = extra_queries(q_codes_ptr, stride_qc_h, 1.0 / norm, HEADS, GQA, SPEC)
-        q_mins = min_queries(q, sm_scale_log2, SPEC)
-        unit = gl.convert_layout(norm, COLS) * (CODE_UNIT * sm_scale_log2)
-        m_run, lane_sum, offsets, acc = attend_pages(
-            first_unit, end_page, here, coming, indices_ptr, page_ptr, buffers,
-            q_codes, q_extra, q_mins, unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
+        q_codes = code_operands(queries, q_rows, sm_scale_log2, HEADS, GQA, SPEC)
+        state = attend_pages(
+            segment, storage, cursor, buffers, q_codes, sm_scale_log2, state,
             SINKS, HEADS, STAGES, SPEC,
         )  # fmt: skip
-
-    for unit in range(gl.maximum(first_unit, num_closed), end_unit):
-        chunk = unit - num_closed
-        k_ptr = open_ptr + chunk * (CHUNK * ROW)
-        to_v = PAGE * ROW
-        rows = last_page_len - chunk * CHUNK
-        if chunk >= PAGE // CHUNK:
-            k_ptr = sink_ptr
-            to_v = SINKS * ROW
-            rows = SINKS if (num_closed > 0) & (chunk == PAGE // CHUNK) else 0
-        if rows > 0:
-            m_run, lane_sum, offsets, acc = attend_rows(
-                k_ptr, k_ptr + to_v, ROW, 0, rows, q_rows, sm_scale_log2,
-                m_run, lane_sum, offsets, acc, HEADS, SPEC,
-            )  # fmt: skip
-    store_partial(out_ptr, stat_ptr, slot, m_run, lane_sum, offsets, acc, HEADS, GQA, SPEC)
+    return attend_tail(segment, storage, q_rows, sm_scale_log2, state, SINKS, HEADS, SPEC)
 
 
 @jit
@@ -246,6 +146,7 @@ def _decode_fwd_kernel(
     programs = gl.minimum(gl.num_programs(0).to(gl.int64), total)
     unit = program * total // programs
     end = gl.minimum((program + 1) * total // programs, total)
+    storage = Storage(pages_ptr, open_rows_ptr, sink_rows_ptr)
     if SPEC.k.is_raw:
         buffers = ()
     else:
@@ -260,17 +161,26 @@ def _decode_fwd_kernel(
             head = offset // length
             first = offset % length
             last = gl.minimum(length, first + (end - unit).to(gl.int32))
-            attend_segment(
-                first, last, request, head, num_closed,
-                q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
-                k_ptr + request.to(gl.int64) * stride_k_b + head * stride_k_h,
-                v_ptr + request.to(gl.int64) * stride_v_b + head * stride_v_h,
-                pages_ptr, open_rows_ptr, sink_rows_ptr,
-                kv_indices_ptr, first_page, gl.load(kv_last_page_len_ptr + request),
+            segment = Segment(
+                request, head, first, last, num_closed, kv_indices_ptr + first_page,
+                gl.load(kv_last_page_len_ptr + request),
                 gl.load(open_slots_ptr + request), gl.load(sink_slots_ptr + request),
-                out_ptr, stat_ptr, program + request * KV_HEADS + head, sm_scale_log2, buffers,
+            )  # fmt: skip
+            row = request.to(gl.int64)
+            queries = Queries(
+                q_ptr + row * stride_q_b + head * GQA * stride_q_h, stride_q_h,
+                q_codes_ptr + row * stride_qc_b + head * GQA * stride_qc_h, stride_qc_h,
+            )  # fmt: skip
+            fresh = FreshRow(
+                k_ptr + row * stride_k_b + head * stride_k_h,
+                v_ptr + row * stride_v_b + head * stride_v_h,
+            )
+            state = _attend_segment(
+                segment, storage, queries, fresh, buffers, sm_scale_log2,
                 FRESH, SINKS, HEADS, GQA, STAGES, PDL, SPEC,
             )  # fmt: skip
+            slot = program + request * KV_HEADS + head
+            store_partial(out_ptr, stat_ptr, slot, state, HEADS, GQA, SPEC)
             unit += last - first
             if head == KV_HEADS - 1 and last == length:
                 request += 1

@@ -1,20 +1,17 @@
-"""What the decode kernel multiplies with: queries; and the running softmax."""
+"""Queries in registers, as right operands of the tensor core."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 
-from sgl_kvq.kernels.common.gluon import (
-    constexpr_function,
-    gl,
-    jit,
-)
+from sgl_kvq.kernels.common.gluon import gl, jit
 from sgl_kvq.kernels.common.layouts import (
     b_layout,
     code_query_layout,
     extra_scale,
     key_words,
-    lane_sum_layout,
     mma_layout,
     num_extra_steps,
     num_extra_tiles,
@@ -26,6 +23,7 @@ from sgl_kvq.kernels.common.layouts import (
     query_layout,
 )
 from sgl_kvq.kernels.common.tiles import (
+    CODE_UNIT,
     channel_of,
     columns_in_order,
     extra_place,
@@ -33,12 +31,25 @@ from sgl_kvq.kernels.common.tiles import (
     split_key_channels,
 )
 
-# Probabilities are scaled by up to 2^14 to use the range of float16, whose largest number is 65504.
-HEADROOM: tl.constexpr = tl.constexpr(14.0)
+
+class CodeQueries(NamedTuple):
+    """The queries of a KV head as key codes meet them.
+
+    Args:
+        codes: float16 right operands by group, byte half and plane: q / norm * plane_scale.
+        extra: Likewise for the extra bits of outlier channels, by tile and step.
+        mins: Factors of the minima, see `_min_queries`.
+        unit: [heads], factor from products with codes to scores in base 2.
+    """
+
+    codes: Any
+    extra: Any
+    mins: Any
+    unit: Any
 
 
 @jit
-def power_of_2_above(x):
+def _power_of_2_above(x):
     """The power of two above x >= 0 (float32)."""
     exponent = (x.to(gl.int32, bitcast=True) & 0x7F800000) + 0x00800000
     return exponent.to(gl.float32, bitcast=True)
@@ -46,7 +57,7 @@ def power_of_2_above(x):
 
 @jit
 def row_queries(q_ptr, stride_h, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr):
-    """Right operand [padded_dim, heads] for 16-bit rows."""
+    """Queries as the operand [padded_dim, heads] that 16-bit rows meet."""
     DIM: tl.constexpr = padded_dim(SPEC)
     LAYOUT: tl.constexpr = query_layout(DIM, HEADS)
     heads = gl.arange(0, HEADS, gl.SliceLayout(1, LAYOUT))
@@ -58,10 +69,10 @@ def row_queries(q_ptr, stride_h, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: t
 
 
 @jit
-def code_queries(
+def _code_queries(
     q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Right operands for key codes by group, byte half, plane: float16 q / norm * plane_scale."""
+    """Operands for key codes: float16 q / norm * plane_scale by group, byte half and plane."""
     WIDTH: tl.constexpr = plane_width(SPEC, SPEC.k)
     BYTES: tl.constexpr = 2 * key_words(SPEC)
     LAYOUT: tl.constexpr = code_query_layout(SPEC, HEADS)
@@ -90,10 +101,10 @@ def code_queries(
 
 
 @jit
-def extra_queries(
+def _extra_queries(
     q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Right operands for the extra bits of outlier key channels, by tile and step."""
+    """Operands for the extra bits of outlier channels, by tile and step."""
     heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
     k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
     operands = ()
@@ -109,8 +120,8 @@ def extra_queries(
 
 
 @jit
-def min_queries(q, sm_scale_log2, SPEC: tl.constexpr):
-    """What minima are multiplied with: bfloat16 parts of q (channel axis) or its group sums."""
+def _min_queries(q, sm_scale_log2, SPEC: tl.constexpr):
+    """Factors of the minima: bfloat16 parts of q (channel axis) or its group sums (token axis)."""
     if SPEC.k.per_channel:
         high = q.to(gl.bfloat16)
         if q.dtype == gl.bfloat16:
@@ -127,23 +138,18 @@ def min_queries(q, sm_scale_log2, SPEC: tl.constexpr):
         return sums
 
 
-@constexpr_function
-def value_unit(spec, plane):
-    """What the accumulator of a plane must be multiplied with to be in units of V."""
-    if spec.v.is_raw or spec.v.per_channel:
-        return 1.0
-    return 2.0**24 * 2.0 ** (-spec.v.num_bits * plane)
-
-
 @jit
-def rescale(top, m_run, lane_sum, offsets, HEADS: tl.constexpr):
-    """Raise the running shift to `top`; rescale the sums kept by lane."""
-    m_new = gl.maximum(m_run, top)
-    alpha = gl.exp2(m_run - m_new)
-    by_lane = gl.convert_layout(
-        alpha, gl.SliceLayout(0, lane_sum_layout(HEADS)), assert_trivial=True
-    )[None, :]
-    scaled = ()
-    for group in tl.static_range(len(offsets)):
-        scaled = scaled + (offsets[group] * by_lane,)
-    return m_new, alpha, lane_sum * by_lane, scaled
+def code_operands(
+    queries, q_rows, sm_scale_log2, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
+):
+    """Load the operands that key codes meet; `q_rows` holds the unrotated queries."""
+    q = q_rows
+    if SPEC.k.rotation > 1:
+        q = row_queries(queries.codes_ptr, queries.codes_stride, HEADS, GQA, SPEC)
+    norm = _power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
+    ptr, stride = queries.codes_ptr, queries.codes_stride
+    codes = _code_queries(ptr, stride, 1.0 / norm, HEADS, GQA, SPEC)
+    extra = _extra_queries(ptr, stride, 1.0 / norm, HEADS, GQA, SPEC)
+    mins = _min_queries(q, sm_scale_log2, SPEC)
+    columns = gl.convert_layout(norm, gl.SliceLayout(0, mma_layout()))
+    return CodeQueries(codes, extra, mins, columns * (CODE_UNIT * sm_scale_log2))

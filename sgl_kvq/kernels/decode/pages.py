@@ -1,16 +1,12 @@
-"""Attention to closed pages: scores and values computed from the codes."""
+"""Attention to closed pages: scores and outputs computed from the codes."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton.language as tl
 
-from sgl_kvq.kernels.common.gluon import (
-    async_copy,
-    barrier,
-    gl,
-    jit,
-    mma_v2,
-)
+from sgl_kvq.kernels.common.gluon import async_copy, barrier, gl, jit, mma_v2
 from sgl_kvq.kernels.common.layouts import (
     EXTRA_BITS,
     PAGE,
@@ -54,10 +50,34 @@ from sgl_kvq.kernels.common.tiles import (
     value_operand,
     widen,
 )
-from sgl_kvq.kernels.decode.operands import (
-    HEADROOM,
-    rescale,
-)
+from sgl_kvq.kernels.decode.softmax import HEADROOM, SoftmaxState, rescale
+
+
+class PageCursor(NamedTuple):
+    """A page of a segment that is worked on, while STAGES - 1 pages behind it are copied.
+
+    Page numbers are read one page before they are needed.
+
+    Args:
+        number: Page number; of a later page if nothing is read by it.
+        coming: Number of the next page to copy.
+        stage: Buffer that holds the page.
+        free: Buffer for the next page to copy.
+        extra: Extra bits of the page's outlier channels, see `_fetch_extra`.
+    """
+
+    number: Any
+    coming: Any
+    stage: Any
+    free: Any
+    extra: Any
+
+
+@jit
+def _page_number(segment, index):
+    """Number of a closed page; behind the segment's last one, of any page."""
+    last = gl.minimum(segment.end, segment.num_closed)
+    return gl.load(segment.indices_ptr + gl.minimum(index, last)).to(gl.int64)
 
 
 @jit
@@ -67,8 +87,9 @@ def _fetch_extra(head_ptr, SPEC: tl.constexpr):
     They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
 
     Returns:
-        By tile: the bits as left operand, then the scales [16] by step. Empty without any. Where no
-        channel is, the scales are another's or minima: finite, and they meet queries of zero.
+        For each tile the bits as left operand, then the scales [16] of each step; empty without
+        outlier channels. Padding has the scales or minima of other channels: they are finite, and
+        multiplied by zero queries.
     """
     meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
     byte = gl.arange(0, 16, extra_meta_layout())
@@ -83,7 +104,7 @@ def _fetch_extra(head_ptr, SPEC: tl.constexpr):
 
 @jit
 def _add_extra(s, extra, q_extra, SPEC: tl.constexpr):
-    """Add what the extra bits of outlier key channels contribute."""
+    """Add the products with the extra bits of outlier channels to s."""
     STEPS: tl.constexpr = num_extra_steps(SPEC.k)
     for part in tl.static_range(num_extra_tiles(SPEC.k)):
         bits = extra[part * (1 + STEPS)]
@@ -95,47 +116,52 @@ def _add_extra(s, extra, q_extra, SPEC: tl.constexpr):
 
 
 @jit
-def _score_page(
-    buffers, stage, extra, q_codes, q_extra, q_mins, unit, sm_scale_log2,
-    HEADS: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """Scores [64 MMA rows, heads] of a page in the log2 domain."""
-    lower = key_operand(buffers[0].index(stage).load(key_code_layout(SPEC)), SPEC)
+def _score_channel_page(
+    buffers, stage, extra, queries, sm_scale_log2, HEADS: tl.constexpr, SPEC: tl.constexpr
+):
+    """Scores [64 MMA rows, heads] of keys with one scale a channel, in base 2."""
+    lower = key_operand(buffers.k_codes.index(stage).load(key_code_layout(SPEC)), SPEC)
     upper = upper_bytes(lower)
-    scales = buffers[1].index(stage)
-    if SPEC.k.per_channel:
-        # float16 holds them: rows are at most LARGEST_MAGNITUDE in size when they are quantized.
-        scales = widen(scales.load(channel_meta_layout(SPEC))).to(gl.float16)
-        parts = split_key_channels(scales, 1, SPEC)
+    scales = buffers.k_scales.index(stage).load(channel_meta_layout(SPEC))
+    # float16 holds them: rows are at most LARGEST_MAGNITUDE in size when they are quantized.
+    scales = split_key_channels(widen(scales).to(gl.float16), 1, SPEC)
+    s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
+    for half in tl.static_range(2):
+        for plane in tl.static_range(num_planes(SPEC.k)):
+            q = queries.codes[half * num_planes(SPEC.k) + plane]
+            q = q * key_scale(scales, half, plane, SPEC)
+            field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
+            s = mma_v2(field, q, s)
+    if SPEC.k.extra_bytes > 0:
+        s = _add_extra(s, extra, queries.extra, SPEC)
+    offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
+    mins = buffers.k_mins.index(stage).load(channel_vector_layout(padded_dim(SPEC)))
+    rows = channel_operand(mins, SPEC)
+    for part in tl.static_range(len(queries.mins)):
+        offset = mma_v2(rows, queries.mins[part], offset)
+    offset = first_block(offset, HEADS) * sm_scale_log2
+    return add_to_blocks(s * queries.unit[None, :], offset, PAGE, HEADS)
+
+
+@jit
+def _score_token_page(buffers, stage, queries, HEADS: tl.constexpr, SPEC: tl.constexpr):
+    """Scores [64 MMA rows, heads] of keys with one scale a token and group, in base 2."""
+    lower = key_operand(buffers.k_codes.index(stage).load(key_code_layout(SPEC)), SPEC)
+    upper = upper_bytes(lower)
+    meta = buffers.k_scales.index(stage)
+    total = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
+    for group in tl.static_range(num_groups(SPEC, SPEC.k)):
         s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
         for half in tl.static_range(2):
             for plane in tl.static_range(num_planes(SPEC.k)):
-                q = q_codes[half * num_planes(SPEC.k) + plane] * key_scale(parts, half, plane, SPEC)
-                field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
-                s = mma_v2(field, q, s)
-        if SPEC.k.extra_bytes > 0:
-            s = _add_extra(s, extra, q_extra, SPEC)
-        offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
-        mins = buffers[2].index(stage).load(channel_vector_layout(padded_dim(SPEC)))
-        rows = channel_operand(mins, SPEC)
-        for part in tl.static_range(len(q_mins)):
-            offset = mma_v2(rows, q_mins[part], offset)
-        offset = first_block(offset, HEADS) * sm_scale_log2
-        return add_to_blocks(s * unit[None, :], offset, PAGE, HEADS)
-    else:
-        total = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
-        for group in tl.static_range(num_groups(SPEC, SPEC.k)):
-            s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
-            for half in tl.static_range(2):
-                for plane in tl.static_range(num_planes(SPEC.k)):
-                    if overlaps(SPEC, SPEC.k, plane, group):
-                        q = q_codes[(group * 2 + half) * num_planes(SPEC.k) + plane]
-                        field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
-                        s = mma_v2(field, q, s)
-            scale = token_meta(scales, group)
-            low = token_meta(scales, num_groups(SPEC, SPEC.k) + group)
-            total = total + s * unit[None, :] * scale + low * q_mins[group][None, :]
-        return total
+                if overlaps(SPEC, SPEC.k, plane, group):
+                    q = queries.codes[(group * 2 + half) * num_planes(SPEC.k) + plane]
+                    field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
+                    s = mma_v2(field, q, s)
+        scale = token_meta(meta, group)
+        low = token_meta(meta, num_groups(SPEC, SPEC.k) + group)
+        total = total + s * queries.unit[None, :] * scale + low * queries.mins[group][None, :]
+    return total
 
 
 @jit
@@ -167,59 +193,48 @@ def _plane_product(
 
 
 @jit
-def _attend_token_values(
-    s, codes, meta, m_run, lane_sum, offsets, acc,
-    HEADS: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
+def _attend_token_values(s, codes, meta, state, HEADS: tl.constexpr, SPEC: tl.constexpr):
     """Add a page whose values have one scale a token and group."""
     largest = token_meta(meta, 0)
     for group in tl.static_range(1, num_groups(SPEC, SPEC.v)):
         largest = gl.maximum(largest, token_meta(meta, group))
     # probability * scale must fit float16, so the largest scale counts as part of the score.
     headroom = gl.log2(gl.max(gl.max(largest, axis=1), axis=0)) - HEADROOM
-    m_run, alpha, lane_sum, offsets = rescale(
-        gl.max(s, axis=0) + headroom, m_run, lane_sum, offsets, HEADS
-    )
-    p = gl.exp2(s - m_run[None, :])
-    lane_sum = lane_sum + sum_in_lane(p, PAGE, HEADS)
+    state = rescale(state, gl.max(s, axis=0) + headroom, HEADS)
+    p = gl.exp2(s - state.m[None, :])
+    lane_sum = state.lane_sum + sum_in_lane(p, PAGE, HEADS)
     lower = value_operand(codes, SPEC)
     upper = upper_bytes(lower)
-    scaled = ()
-    for plane in tl.static_range(num_planes(SPEC.v)):
-        scaled = scaled + (acc[plane] * alpha[None, :],)
-    summed = ()
+    acc = state.acc
+    offsets = ()
     for group in tl.static_range(num_groups(SPEC, SPEC.v)):
         low = token_meta(meta, num_groups(SPEC, SPEC.v) + group)
-        summed = summed + (offsets[group] + sum_in_lane(p * low, PAGE, HEADS),)
+        offsets = offsets + (state.offsets[group] + sum_in_lane(p * low, PAGE, HEADS),)
         even, odd = _value_probabilities(p * token_meta(meta, group), HEADS)
         added = ()
         for plane in tl.static_range(num_planes(SPEC.v)):
             if overlaps(SPEC, SPEC.v, plane, group):
-                product = _plane_product(lower, upper, even, odd, scaled[plane], plane, group, SPEC)
+                product = _plane_product(lower, upper, even, odd, acc[plane], plane, group, SPEC)
                 added = added + (product,)
             else:
-                added = added + (scaled[plane],)
-        scaled = added
-    return m_run, lane_sum, summed, scaled
+                added = added + (acc[plane],)
+        acc = added
+    return SoftmaxState(state.m, lane_sum, offsets, acc)
 
 
 @jit
-def _attend_channel_values(
-    s, codes, head_ptr, m_run, lane_sum, offsets, acc, HEADS: tl.constexpr, SPEC: tl.constexpr
-):
+def _attend_channel_values(s, codes, head_ptr, state, HEADS: tl.constexpr, SPEC: tl.constexpr):
     """Add a page whose values have one scale a channel."""
-    m_run, alpha, lane_sum, offsets = rescale(
-        gl.max(s, axis=0) - HEADROOM, m_run, lane_sum, offsets, HEADS
-    )
-    p = gl.exp2(s - m_run[None, :])
-    lane_sum = lane_sum + sum_in_lane(p, PAGE, HEADS)
+    state = rescale(state, gl.max(s, axis=0) - HEADROOM, HEADS)
+    p = gl.exp2(s - state.m[None, :])
+    lane_sum = state.lane_sum + sum_in_lane(p, PAGE, HEADS)
     lower = value_operand(codes, SPEC)
     upper = upper_bytes(lower)
     even, odd = _value_probabilities(p, HEADS)
     total = gl.sum(p, axis=0)[None, :]
     rows = gl.arange(0, value_rows(SPEC), gl.SliceLayout(1, mma_layout()))
     valid = rows < plane_width(SPEC, SPEC.v)
-    added = ()
+    acc = ()
     for plane in tl.static_range(num_planes(SPEC.v)):
         product = gl.zeros([value_rows(SPEC), HEADS], gl.float32, mma_layout())
         product = _plane_product(lower, upper, even, odd, product, plane, 0, SPEC)
@@ -227,83 +242,78 @@ def _attend_channel_values(
         scale = gl.load(at + SPEC.v.scales // 2, mask=valid, other=0.0).to(gl.float32)[:, None]
         low = gl.load(at + SPEC.v.mins // 2, mask=valid, other=0.0).to(gl.float32)[:, None]
         scale = scale * (CODE_UNIT * plane_scale(SPEC.v, plane))
-        added = added + (acc[plane] * alpha[None, :] + product * scale + total * low,)
-    return m_run, lane_sum, offsets, added
+        acc = acc + (state.acc[plane] + product * scale + total * low,)
+    return SoftmaxState(state.m, lane_sum, state.offsets, acc)
 
 
 @jit
 def _attend_page(
-    buffers, stage, head_ptr, extra, num_masked, q_codes, q_extra, q_mins, unit, sm_scale_log2,
-    m_run, lane_sum, offsets, acc, HEADS: tl.constexpr, SPEC: tl.constexpr,
+    cursor, head_ptr, num_masked, buffers, queries, sm_scale_log2, state,
+    HEADS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Add a staged page; its first `num_masked` tokens are read elsewhere."""
-    s = _score_page(
-        buffers, stage, extra, q_codes, q_extra, q_mins, unit, sm_scale_log2, HEADS, SPEC
-    )
+    """Add the page at hand; its first `num_masked` tokens are read elsewhere."""
+    stage = cursor.stage
+    if SPEC.k.per_channel:
+        s = _score_channel_page(buffers, stage, cursor.extra, queries, sm_scale_log2, HEADS, SPEC)
+    else:
+        s = _score_token_page(buffers, stage, queries, HEADS, SPEC)
     if num_masked > 0:
         token = token_of_row(gl.arange(0, PAGE, gl.SliceLayout(1, mma_layout())))
         s = gl.where((token >= num_masked)[:, None], s, float("-inf"))
-    codes = buffers[3].index(stage).load(value_code_layout(SPEC))
+    codes = buffers.v_codes.index(stage).load(value_code_layout(SPEC))
     if SPEC.v.per_channel:
-        return _attend_channel_values(
-            s, codes, head_ptr, m_run, lane_sum, offsets, acc, HEADS, SPEC
-        )
+        return _attend_channel_values(s, codes, head_ptr, state, HEADS, SPEC)
     else:
-        return _attend_token_values(
-            s, codes, buffers[4].index(stage), m_run, lane_sum, offsets, acc, HEADS, SPEC
-        )
+        return _attend_token_values(s, codes, buffers.v_meta.index(stage), state, HEADS, SPEC)
 
 
 @jit
-def start_pages(
-    first, end, indices_ptr, page_ptr, buffers, STAGES: tl.constexpr, SPEC: tl.constexpr
-):
-    """Start copying the first STAGES - 1 of pages first to end - 1.
-
-    Returns:
-        Number of page first, and of the next page to start.
-    """
-    coming = gl.load(indices_ptr + gl.minimum(first, end)).to(gl.int64)
-    here = coming
+def start_pages(segment, storage, buffers, STAGES: tl.constexpr, SPEC: tl.constexpr):
+    """Start copying the first STAGES - 1 closed pages of a segment: a cursor without extra bits."""
+    pages_ptr = storage.pages_ptr + segment.head * SPEC.head_bytes
+    end = gl.minimum(segment.end, segment.num_closed)
+    number = _page_number(segment, segment.first)
+    coming = number
     barrier()  # an earlier segment's pages may still be read
     for ahead in tl.static_range(STAGES - 1):
-        start_page(buffers, ahead, page_ptr + coming * SPEC.page_bytes, first + ahead < end, SPEC)
-        coming = gl.load(indices_ptr + gl.minimum(first + ahead + 1, end)).to(gl.int64)
-    return here, coming
+        wanted = segment.first + ahead < end
+        start_page(buffers, ahead, pages_ptr + coming * SPEC.page_bytes, wanted, SPEC)
+        coming = _page_number(segment, segment.first + ahead + 1)
+    return PageCursor(number, coming, gl.to_tensor(0), gl.to_tensor(STAGES - 1), ())
+
+
+@jit
+def _advance(cursor, index, segment, pages_ptr, buffers, STAGES: tl.constexpr, SPEC: tl.constexpr):
+    """Start copying the page STAGES - 1 behind page `index`: the cursor of page `index + 1`."""
+    wanted = index + STAGES - 1 < gl.minimum(segment.end, segment.num_closed)
+    start_page(buffers, cursor.free, pages_ptr + cursor.coming * SPEC.page_bytes, wanted, SPEC)
+    coming = _page_number(segment, index + STAGES)
+    number = cursor.number
+    extra = cursor.extra
+    if SPEC.v.per_channel or SPEC.k.extra_bytes > 0:
+        number = _page_number(segment, index + 1)
+        extra = _fetch_extra(pages_ptr + number * SPEC.page_bytes, SPEC)
+    stage = cursor.stage + 1 if cursor.stage + 1 < STAGES else 0
+    return PageCursor(number, coming, stage, cursor.stage, extra)
 
 
 @jit
 def attend_pages(
-    first, end, here, coming, indices_ptr, page_ptr, buffers, q_codes, q_extra, q_mins,
-    unit, sm_scale_log2, m_run, lane_sum, offsets, acc,
+    segment, storage, cursor, buffers, queries, sm_scale_log2, state,
     SINKS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Add closed pages first to end - 1, of which STAGES - 1 are on their way at any time.
-
-    Page numbers are read one step earlier than the pages; see `start_pages`.
-    """
-    stage = 0
-    free = STAGES - 1
-    extra = _fetch_extra(page_ptr + here * SPEC.page_bytes, SPEC)
-    for index in range(first, end):
+    """Add the segment's closed pages, from the cursor that `start_pages` returned."""
+    pages_ptr = storage.pages_ptr + segment.head * SPEC.head_bytes
+    extra = _fetch_extra(pages_ptr + cursor.number * SPEC.page_bytes, SPEC)
+    cursor = PageCursor(cursor.number, cursor.coming, cursor.stage, cursor.free, extra)
+    for index in range(segment.first, gl.minimum(segment.end, segment.num_closed)):
         async_copy.wait_group(STAGES - 2)
         barrier()
-        wanted = index + STAGES - 1 < end
-        start_page(buffers, free, page_ptr + coming * SPEC.page_bytes, wanted, SPEC)
-        coming = gl.load(indices_ptr + gl.minimum(index + STAGES, end)).to(gl.int64)
-        next_extra = extra
-        following = here
-        if SPEC.v.per_channel or SPEC.k.extra_bytes > 0:
-            following = gl.load(indices_ptr + gl.minimum(index + 1, end)).to(gl.int64)
-            next_extra = _fetch_extra(page_ptr + following * SPEC.page_bytes, SPEC)
+        following = _advance(cursor, index, segment, pages_ptr, buffers, STAGES, SPEC)
+        head_ptr = pages_ptr + cursor.number * SPEC.page_bytes
         masked = SINKS if index == 0 else 0
-        m_run, lane_sum, offsets, acc = _attend_page(
-            buffers, stage, page_ptr + here * SPEC.page_bytes, extra, masked,
-            q_codes, q_extra, q_mins, unit, sm_scale_log2,
-            m_run, lane_sum, offsets, acc, HEADS, SPEC,
-        )  # fmt: skip
-        here = following
-        extra = next_extra
-        free = stage
-        stage = stage + 1 if stage + 1 < STAGES else 0
-    return m_run, lane_sum, offsets, acc
+        state = _attend_page(
+            cursor, head_ptr, masked, buffers, queries, sm_scale_log2, state, HEADS, SPEC
+        )
+        cursor = following
+    return state

@@ -11,7 +11,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.touched import TouchedPages
 from sgl_kvq.kernels.common.page_spec import page_spec
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
-from sgl_kvq.kernels.extend.kernel import _fill_fwd_kernel
+from sgl_kvq.kernels.extend.kernel import _copy_rows_kernel, _dequantize_pages_kernel
 from sgl_kvq.kernels.extend.passes import AttentionPass, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache
 
@@ -99,13 +99,18 @@ def fill_scratch(
         prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], earlier rows of resumed pages.
         workspace: Written.
     """
-    _fill_fwd_kernel[(len(fills.pages), layout.num_kv_heads, 2)](
-        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+    grid = (len(fills.pages), layout.num_kv_heads, 2)
+    keys, values = workspace.kv
+    options = {"OUT_DIM": keys.shape[2], "SPEC": page_spec(layout), "num_warps": 4}
+    _copy_rows_kernel[grid](
+        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), fills.touched, fills.targets,
+        touched.prior, touched.first, touched.end, touched.start, prior_rows, keys, values,
+        **options,
+    )  # fmt: skip
+    _dequantize_pages_kernel[grid](
         fills.pages, fills.sink_slots, fills.touched, fills.targets,
-        touched.prior, touched.first, touched.end, touched.start,
-        cache.pages, prior_rows, cache.sink_rows, workspace.kv[0], workspace.kv[1],
-        SINKS=cache.sink_tokens, OUT_DIM=workspace.kv.shape[3], SPEC=page_spec(layout),
-        num_warps=4, enable_fp_fusion=False,
+        cache.pages, cache.sink_rows, keys, values,
+        SINKS=cache.sink_tokens, enable_fp_fusion=False, **options,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Closed pages as tiles of 16-bit numbers in registers, two a 32-bit operation, in Triton.
+"""Closed pages as tiles of 16-bit numbers in registers, in Triton.
 
-A byte of codes is moved into the lower mantissa bits of 128 (bfloat16, 7 bits) or 1024 (float16,
-10 bits): with all fields but one masked out, that is the number 128 + code * 2^position. One
-multiply-add with powers of two makes it the code itself, exactly; another one applies scale and
-minimum, rounded once.
+Unrotated codes are unpacked two a 32-bit operation. A byte of codes is moved into the lower
+mantissa bits of 128 (bfloat16, 7 bits) or 1024 (float16, 10 bits): with all fields but one masked
+out, that is the number 128 + code * 2^position. One multiply-add with powers of two makes it the
+code itself, exactly; another one applies scale and minimum, rounded once. Rotated codes, and those
+whose planes are no power of two wide, are computed in float32.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from sgl_kvq.kernels.common.layouts import (
     EXTRA_STEPS,
     PAGE,
     is_inside,
+    next_power_of_2,
     num_outliers,
     num_planes,
     plane_width,
 )
 from sgl_kvq.kernels.common.page_spec import CodingSpec, PageSpec
+from sgl_kvq.kernels.common.rotation import rotate_tile
 
 
 @constexpr_function
-def is_packed(spec: PageSpec, coding: CodingSpec) -> bool:
-    """Whether `page_planes` reads a coding: unrotated codes in tiles without padding."""
+def _is_packed(spec: PageSpec, coding: CodingSpec) -> bool:
+    """Whether `_page_planes` reads a coding: unrotated codes in tiles without padding."""
     width = plane_width(spec, coding)
     return not coding.is_raw and coding.rotation == 1 and width & (width - 1) == 0
 
@@ -186,7 +189,7 @@ def _extra_steps(steps, head_ptr, plane: tl.constexpr, byte, tokens, SPEC: tl.co
 
 
 @triton.jit
-def page_planes(
+def _page_planes(
     head_ptr, IS_KEY: tl.constexpr,
     CODING: tl.constexpr, SPEC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -215,3 +218,77 @@ def page_planes(
         mins = tl.broadcast_to(mins, steps.shape)
         planes = planes + (affine(steps, scales, mins),)
     return _join(planes)
+
+
+@triton.jit
+def tile_channels(CODING: tl.constexpr, SPEC: tl.constexpr):
+    """Channel of each position of a tile of `page_rows`, and whether it exists.
+
+    Positions run plane by plane, each plane padded to a power of two.
+    """
+    WIDTH: tl.constexpr = plane_width(SPEC, CODING)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
+    position = tl.arange(0, num_planes(CODING) * PADDED)
+    return position // PADDED * WIDTH + position % PADDED, position % PADDED < WIDTH
+
+
+@triton.jit
+def _dequantize(head_ptr, IS_KEY: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr):
+    """code * scale + min in float32 [64 tokens, positions], back in the unrotated basis."""
+    PLANES: tl.constexpr = num_planes(CODING)
+    WIDTH: tl.constexpr = plane_width(SPEC, CODING)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
+    channel, valid = tile_channels(CODING, SPEC)
+    position = tl.arange(0, PLANES * PADDED)
+    byte = position % PADDED
+    tokens = tl.arange(0, PAGE)
+    if IS_KEY:
+        ptrs = head_ptr + CODING.codes + tokens[:, None] * WIDTH + byte[None, :]
+    else:
+        ptrs = head_ptr + CODING.codes + byte[None, :] * PAGE + tokens[:, None]
+    packed = tl.load(ptrs, mask=valid[None, :], other=0).to(tl.int32)
+    shift = (position // PADDED) * (8 // PLANES)
+    codes = (packed >> shift[None, :]) & ((1 << CODING.num_bits) - 1)
+    meta_ptr = head_ptr.to(tl.pointer_type(tl.bfloat16))
+    if CODING.per_channel:
+        at = channel[None, :]
+    else:
+        at = (channel // CODING.group_channels)[None, :] * PAGE + tokens[:, None]
+    scales = tl.load(meta_ptr + CODING.scales // 2 + at, mask=valid[None, :], other=0.0)
+    mins = tl.load(meta_ptr + CODING.mins // 2 + at, mask=valid[None, :], other=0.0)
+    steps = codes.to(tl.float32)
+    if CODING.extra_bytes > 0:
+        EXTRA: tl.constexpr = CODING.extra_bytes
+        ptrs = head_ptr + CODING.extra + tokens[:, None] * EXTRA + (channel % EXTRA)[None, :]
+        is_outlier = (valid & (channel < num_outliers(CODING)))[None, :]
+        packed = tl.load(ptrs, mask=is_outlier, other=0).to(tl.int32)
+        extra = (packed >> ((channel // EXTRA) * EXTRA_BITS)[None, :]) & (EXTRA_STEPS - 1)
+        steps += tl.where(is_outlier, extra, 0).to(tl.float32) * (1.0 / EXTRA_STEPS)
+    x = steps * scales.to(tl.float32) + mins.to(tl.float32)
+    if CODING.rotation > 1:
+        x = rotate_tile(x, channel, CODING.rotation, WIDTH, PADDED)
+    return x
+
+
+@triton.jit
+def page_rows(
+    head_ptr, IS_KEY: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr, DTYPE: tl.constexpr
+):
+    """K or V of one head of a page, [64 tokens, positions] of DTYPE in the unrotated basis.
+
+    See `tile_channels` for positions.
+    """
+    if CODING.is_raw:
+        channel, valid = tile_channels(CODING, SPEC)
+        row_ptr = (head_ptr + CODING.codes).to(tl.pointer_type(DTYPE))
+        ptrs = row_ptr + tl.arange(0, PAGE)[:, None] * SPEC.head_dim + channel[None, :]
+        return tl.load(ptrs, mask=valid[None, :])
+    elif _is_packed(SPEC, CODING):
+        x = _page_planes(head_ptr, IS_KEY, CODING, SPEC, DTYPE)
+        if IS_KEY:
+            x = tl.permute(x, (0, 2, 1))
+        else:
+            x = tl.permute(x, (1, 2, 0))
+        return tl.reshape(x, [PAGE, SPEC.head_dim])
+    else:
+        return _dequantize(head_ptr, IS_KEY, CODING, SPEC).to(DTYPE)
