@@ -17,7 +17,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-SHOWN = ("hack2", "kivi2", "kvq2", "hack4", "saw4")
+SHOWN = ("hack2", "kvq2", "hack4", "kvq4", "saw4")
 COLORS = {
     "codes": "#4878a8",
     "scales": "#e0913f",

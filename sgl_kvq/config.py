@@ -17,7 +17,7 @@ PREFILL_MODES = ("exact", "quantized")
 
 @dataclass(frozen=True)
 class KVQuantConfig:
-    """What the user asked for.
+    """The validated options.
 
     Args:
         format: Name of a registered format, see `sgl_kvq.formats.registry`.
@@ -29,8 +29,8 @@ class KVQuantConfig:
             divides head_dim; 0 takes the largest one up to 128.
         memory_gb: KV memory in GiB, open pages and sink rows included; None takes what SGLang's
             `--mem-fraction-static` leaves.
-        config_file: What `python -m sgl_kvq calibrate` wrote, for formats that are calibrated; None
-            takes their default basis.
+        config_file: File of `python -m sgl_kvq calibrate`, for calibrated formats; None takes their
+            default basis.
 
     Raises:
         ConfigError: a value is out of range or no format has this name.

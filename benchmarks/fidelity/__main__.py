@@ -203,7 +203,7 @@ def layer_errors(args: Namespace, model: Path) -> list[dict[str, Any]]:
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:
-    """What a new measurement of the same replaces."""
+    """Key of a row; a new measurement replaces the row with the same one."""
     names = ("model", "format", "context", "corpus", "outliers", "needle_total")
     return tuple(row[name] for name in names)
 

@@ -46,7 +46,7 @@ def segments(corpus: str, tokenizer: Any, context: int, count: int) -> list[torc
 
     Args:
         corpus: A key of `CORPORA`.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         context: Tokens of a segment.
         count: Segments wanted.
 

@@ -1,4 +1,4 @@
-"""What a server stores of K and V and reads back, with the reference kernels of its formats."""
+"""K and V as a server stores them and reads them back, with the reference code of its formats."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FormatHistory:
 
     Args:
         name: The format.
-        model_config: Of transformers.
+        model_config: `PretrainedConfig` of transformers.
         sink_tokens: Leading tokens kept in 16 bits.
-        config_file: See `--kv-quant-config`.
+        config_file: Value of `--kv-quant-config`.
         window_pages: Last closed pages that a request still reads as 16-bit rows.
         device: Where rows are.
 

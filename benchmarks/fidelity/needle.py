@@ -46,7 +46,7 @@ def needle_texts(tokenizer: Any, context: int, count: int) -> list[NeedleText]:
     answer tells another.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         context: Tokens of a text, about.
         count: Texts.
     """

@@ -1,1 +1,1 @@
-"""What the bytes of a closed page mean: one file a scheme, `page_layout` for where they lie."""
+"""What the bytes of a closed page mean; `families` holds the formats, `registry` finds them."""

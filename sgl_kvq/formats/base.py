@@ -199,7 +199,7 @@ class QuantFormat:
 
     @property
     def bits(self) -> LayerBits:
-        """What `CalibrationMethod.with_bits` makes this format from."""
+        """Bits from which `CalibrationMethod.with_bits` makes this format."""
         return LayerBits(self.k.num_bits, self.k.outlier_16ths, self.v.num_bits)
 
     def fields(self, head_dim: int) -> list[FieldSpec]:
@@ -234,7 +234,7 @@ class QuantFormat:
         Args:
             pages: uint8 [N, page_bytes], contiguous.
             layout: Layout of this format.
-            tensor: Which of the two.
+            tensor: "k" or "v".
 
         Returns:
             float32 [N, num_kv_heads, PAGE_SIZE, head_dim].

@@ -111,7 +111,7 @@ def save_bases(
     Args:
         path: The file.
         bases: One a layer.
-        about: What made it; kept in the file's header.
+        about: Notes on the origin of the bases, kept in the file's header.
         bits: Bits to use instead of those that `--kv-quant` names.
     """
     tensors = {name: torch.stack([getattr(basis, name) for basis in bases]) for name in ("k", "v")}
@@ -128,7 +128,7 @@ class Calibration:
     Args:
         formats: Format of each layer's pages.
         bases: Basis of each layer; empty if the format stores heads as they are.
-        digest: Of the file it came from, 16 hexadecimal digits; "unset" without one.
+        digest: XXH3 digest of the file it came from, 16 hexadecimal digits; "unset" without one.
     """
 
     formats: tuple[QuantFormat, ...]

@@ -49,11 +49,11 @@ class PageLayout:
     (token-contiguous), `v_scales` and `v_mins`. With 16 bits the codes are the rows, [P, D].
 
     Args:
-        format: What K and V store.
+        format: Format of the pages.
         head_dim: Channels of a head, a multiple of 16.
         num_kv_heads: KV heads of this rank.
         row_dtype: Type of 16-bit rows, bfloat16 or float16.
-        hadamard_block: See `hadamard_order`; 0 for the default.
+        hadamard_block: Order of the Hadamard blocks of rotated codings; 0 takes the largest.
 
     Raises:
         ValueError: head_dim is not a multiple of 16, or the Hadamard block does not divide it.

@@ -138,7 +138,7 @@ def encode_pages(
         v: Values, same shape and dtype.
         num_sinks: int32 [N], leading tokens of each page that are kept elsewhere in 16 bits: left
             out of the scales along the tokens, coded 0.
-        layout: What to store where.
+        layout: Layout of the pages.
 
     Returns:
         uint8 [N, page_bytes], every byte defined: alignment gaps are 0.

@@ -75,7 +75,7 @@ def calibrated_formats() -> list[QuantFormat]:
 
 
 def formats_help() -> str:
-    """What each format is, as one paragraph."""
+    """One paragraph with the name and the help of every format."""
     return " ".join(f"{name}: {get_format(name).help}." for name in format_names())
 
 

@@ -26,7 +26,7 @@ from sgl_kvq.formats.calibration import LayerBasis
 from sgl_kvq.formats.hadamard import rotate
 
 MIN_EIGENVALUE = 1e-6
-"""Of an importance, relative to its largest: bounds the condition of a basis at 1,000."""
+"""Smallest eigenvalue of an importance, relative to its largest: a basis has condition <= 1,000."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Moments:
     """Sums over tokens, float64 [num_kv_heads, head_dim, head_dim].
 
     Args:
-        k: Of keys less the mean of their page and channel, which a page's minimum holds anyway.
-        v: Of values.
-        k_cost: Of gradients with respect to stored keys.
-        v_cost: Of gradients with respect to stored values.
+        k: Moments of keys less the mean of their page and channel, which a page's minimum holds.
+        v: Moments of values.
+        k_cost: Moments of gradients with respect to stored keys.
+        v_cost: Moments of gradients with respect to stored values.
     """
 
     k: torch.Tensor

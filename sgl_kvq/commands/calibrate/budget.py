@@ -124,7 +124,7 @@ class _Spread:
 
     Args:
         k: float64 [num_kv_heads, head_dim], keys.
-        v: Like k, values; each channel with the mean variance, since they share a step.
+        v: float64 like k, values; each channel has the mean variance, since they share a step.
     """
 
     k: torch.Tensor
@@ -171,7 +171,7 @@ def left_over(num_bits: int, mse_clipping: bool, group_size: int) -> float:
 
     Args:
         num_bits: Bits of a code, 1 to 8.
-        mse_clipping: See `Coding`.
+        mse_clipping: Whether the range is searched, as `Coding` says.
         group_size: Numbers that share a scale.
     """
     x = torch.randn(4096, group_size, generator=torch.Generator().manual_seed(0))

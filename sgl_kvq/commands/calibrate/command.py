@@ -200,7 +200,7 @@ class Collected:
 
     Args:
         path: The partial result.
-        key: What it must belong to, to be used.
+        key: Digest of model and texts; a partial result with another one is discarded.
         device: Where the model runs and moments are summed.
     """
 

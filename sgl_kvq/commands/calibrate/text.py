@@ -21,7 +21,7 @@ def default_text(tokenizer: Any) -> str:
     """Documentation, source code, and documentation as a dialogue, about equally long.
 
     Args:
-        tokenizer: Of transformers; without a chat template of its own there is no dialogue.
+        tokenizer: Tokenizer of transformers; the dialogue is left out if it has no chat template.
     """
     named = list(topics.items())[:NUM_TOPICS]
     prose = "".join(text for _, text in named)

@@ -52,7 +52,7 @@ def _range(low, high, top):
 
 @triton.jit
 def divisors(scales, mins):
-    """What `quotient` wants to know of groups: (lift, shifted minimum, divisor, reciprocal).
+    """Per-group constants for `quotient`: (lift, shifted minimum, divisor, reciprocal).
 
     Tiny scales are lifted by a power of two, x and minimum alike: 1 / scale would overflow.
     """
