@@ -33,6 +33,13 @@ def test_kernel_call() -> None:
     assert errors["bf16"] < 0.01 < errors["hack4"] < errors["hack2"]
 
 
+def test_register_format() -> None:
+    printed = run_example("register_format.py")
+    k, v = (figures(rf"^(\w+) .* of {tensor} ([\d.]+)", printed) for tensor in "KV")
+    assert k["k8v4"] == k["hack8"] < k["hack4"]
+    assert v["k8v4"] == v["hack4"] > v["hack8"]
+
+
 @pytest.mark.long
 def test_engine(model_path: str) -> None:
     printed = run_example("engine.py", model_path)
