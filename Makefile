@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 # Test processes, of one thread and up to 4 GB each; 0 runs all in one, as a single GPU wants.
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null && echo 0 || echo 2)
 # Tests that measure time or talk to servers in other processes have the machine for themselves.
-ALONE := tests/transfer tests/serving/test_metrics.py tests/examples/test_servers.py \
+ALONE := tests/transfer tests/serving/test_metrics.py \
 	tests/benchmarks/test_links.py tests/benchmarks/test_multi_agent.py
 # Tests that run without SGLang and a model; those of tests/transfer measure time.
 FAST := tests/formats tests/memory_pool tests/kernels tests/attention tests/test_config.py \

@@ -41,6 +41,7 @@ class Import:
     source: str
     target: str
     line: int
+    for_types: bool  # under `if TYPE_CHECKING`
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line} imports {self.target}"
@@ -65,11 +66,18 @@ def imported_names(node: ast.AST) -> Iterator[str]:
 
 def imports_of(module: str) -> Iterator[Import]:
     """Imports of this package's modules, those inside functions and for type checkers included."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    tree = ast.parse(MODULES[module].read_text())
+    guarded = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
         for name in imported_names(node):
             target = name if name in MODULES else name.rpartition(".")[0]
             if target in MODULES and target != module:
-                yield Import(module, target, node.lineno)
+                yield Import(module, target, node.lineno, node in guarded)
 
 
 IMPORTS = [found for module in MODULES for found in dict.fromkeys(imports_of(module))]
@@ -88,11 +96,14 @@ def child_of(package: str, module: str) -> str | None:
 
 
 def cycles_in(package: str) -> Iterator[str]:
-    """Every cycle of imports among the modules and sub-packages directly in a package."""
+    """Every cycle among the modules and sub-packages directly in a package.
+
+    Imports inside functions count; those for type checkers do not, since they never run.
+    """
     graph: dict[str, dict[str, Import]] = defaultdict(dict)
     for found in IMPORTS:
         source, target = (child_of(package, name) for name in (found.source, found.target))
-        if source and target and source != target:
+        if source and target and source != target and not found.for_types:
             graph[source].setdefault(target, found)
     while True:
         try:

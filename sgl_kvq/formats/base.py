@@ -131,7 +131,7 @@ class Coding:
 class FieldSpec(NamedTuple):
     """One field of one head inside a page, before it has a place.
 
-    Args:
+    Attributes:
         name: Key in `PageLayout.fields`, "k_..." or "v_...".
         shape: Elements, row-major.
         element: Type of the elements.
@@ -145,7 +145,7 @@ class FieldSpec(NamedTuple):
 class LayerBits(NamedTuple):
     """Bits of one layer's pages, where `python -m sgl_kvq calibrate` chooses them.
 
-    Args:
+    Attributes:
         k: Bits of a key channel.
         outlier_16ths: Sixteenths of the key channels with `EXTRA_BITS` extra bits.
         v: Bits of a value channel.

@@ -17,7 +17,7 @@ from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.formats.registry import format_names, formats_help, get_format, register
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 OUTSIDE = """
 from sgl_kvq.formats.base import Coding, QuantFormat

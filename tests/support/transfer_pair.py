@@ -14,7 +14,7 @@ import torch
 
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.base import PAGE_SIZE, QuantFormat
-from sgl_kvq.formats.kvq import kvq_format
+from sgl_kvq.formats.families.kvq import kvq_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
