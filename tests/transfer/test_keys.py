@@ -11,7 +11,8 @@ import pytest
 
 from sgl_kvq.__main__ import main
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
+from sgl_kvq.host.options import OPTIONS
+from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.protocol.handshake import weights_digest
 
@@ -33,7 +34,7 @@ def test_keys_are_made_once_and_for_their_owner_only(
 
 
 def options(**changes: Any) -> TransferConfig:
-    fields = {name: field.default for name, field in TransferArgs.__dataclass_fields__.items()}
+    fields = {option.name: option.default for option in OPTIONS}
     return transfer_config(SimpleNamespace(**(fields | changes)))
 
 
