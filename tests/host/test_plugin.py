@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from scripts.hook_table import hook_table
 from sgl_kvq.errors import HostError
 from sgl_kvq.host import names as host
+from sgl_kvq.host.versions.supported import SUPPORTED
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -131,3 +134,8 @@ def test_a_moved_host_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(host.NAMES, "Gone", "sglang.srt.nowhere:Gone")
     with pytest.raises(HostError, match=r"has no sglang.srt.nowhere:Gone; install sglang==0\.5"):
         _ = host.Gone
+
+
+def test_the_documented_hooks_are_those_of_the_plugin(plugin: Any) -> None:
+    assert hook_table() in (ROOT / "patches" / "README.md").read_text()
+    assert f"{SUPPORTED[0]} to {SUPPORTED[-1]}" in (ROOT / "patches" / "README.md").read_text()
