@@ -27,6 +27,7 @@ NAMES = {
     # options
     "Arg": "sglang.srt.arg_groups.arg_utils:Arg",
     "NS": "sglang.srt.arg_groups.arg_utils:NS",
+    "namespace_of": "sglang.srt.arg_groups.arg_utils:namespace_of",
     "ServerArgs": "sglang.srt.server_args:ServerArgs",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "get_schedule": "sglang.srt.runtime_context:get_schedule",

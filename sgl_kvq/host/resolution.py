@@ -22,7 +22,8 @@ from sgl_kvq.host.model_files import check_model_files
 from sgl_kvq.host.names import BACKEND
 from sgl_kvq.host.rank_basis import model_bases
 from sgl_kvq.host.server_args import quant_config
-from sgl_kvq.host.support import check_device, check_model, check_options, choose_graphs
+from sgl_kvq.host.server_options import check_options
+from sgl_kvq.host.support import check_device, check_model, choose_graphs
 from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.host.versions.records import model_config_of, resolved_value
 from sgl_kvq.host.versions.supported import check_version
@@ -54,9 +55,9 @@ def prepare(args: Any) -> None:
         ConfigError: names what does not fit.
     """
     check_version()
-    quant_config(args)
     check_device()
     check_options(args)
+    quant_config(args)
     transfer_config(args)
     check_model_files(args.model_path)
     args.page_size = PAGE_SIZE

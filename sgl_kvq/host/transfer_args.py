@@ -34,6 +34,8 @@ def _parse_address(text: str | None) -> tuple[str | None, int]:
     if text is None:
         return None, 0
     host, _, port = text.rpartition(":") if ":" in text else (text, "", "0")
-    if not host or not port.isdigit():
-        raise ConfigError(f"{FLAG}advertise: expected HOST or HOST:PORT, got {text!r}")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise ConfigError(
+            f"{FLAG}advertise: expected HOST or HOST:PORT, a port up to 65535, got {text!r}"
+        )
     return host.strip("[]"), int(port)

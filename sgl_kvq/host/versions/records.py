@@ -104,7 +104,11 @@ def model_config_of(args: Any) -> Any:
 
 
 def fields_of(server_args: type) -> Iterator[tuple[str, Any]]:
-    """Names and defaults of the fields of `ServerArgs`, without those whose default is made."""
+    """Names and defaults of the fields of `ServerArgs`; a required field has a default like none.
+
+    Args:
+        server_args: SGLang's class or ours.
+    """
     if dataclasses.is_dataclass(server_args):
         fields: Any = dataclasses.fields(server_args)
     else:
@@ -112,7 +116,8 @@ def fields_of(server_args: type) -> Iterator[tuple[str, Any]]:
 
         fields = msgspec.structs.fields(server_args)
     for field in fields:
-        yield field.name, field.default
+        is_made = callable(field.default_factory)
+        yield field.name, field.default_factory() if is_made else field.default
 
 
 def _optional(target: str) -> Any:
