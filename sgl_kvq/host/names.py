@@ -1,28 +1,25 @@
-"""Every SGLang name this package relies on, in one place, with the version it was tested on.
+"""Every SGLang name this package relies on, in one place.
 
 Names resolve lazily (`from sgl_kvq.host.names import KVCache` imports only what KVCache needs), so
-that importing this module costs nothing while `--kv-quant` is off.
+that importing this module costs nothing while `--kv-quant` is off. All of them exist in every
+supported version.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import pkgutil
 from typing import Any
 
-from sgl_kvq.errors import ConfigError, HostError
+from sgl_kvq.errors import HostError
+from sgl_kvq.host.versions.supported import install_advice, installed_version
 
-TESTED_VERSION = "0.5.17"
 BACKEND = "kvq"
 """Attention backend we register."""
 
 TRANSFER_BACKEND = "kvq-zmq"
 """PD transfer backend we register."""
 
-ALLOW_UNTESTED_ENV = "SGL_KVQ_ALLOW_UNTESTED_SGLANG"
-
-_NAMES = {
+NAMES = {
     # plugin system
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
@@ -30,6 +27,7 @@ _NAMES = {
     # options
     "Arg": "sglang.srt.arg_groups.arg_utils:Arg",
     "NS": "sglang.srt.arg_groups.arg_utils:NS",
+    "namespace_of": "sglang.srt.arg_groups.arg_utils:namespace_of",
     "ServerArgs": "sglang.srt.server_args:ServerArgs",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "get_schedule": "sglang.srt.runtime_context:get_schedule",
@@ -98,33 +96,12 @@ LOG_STATS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollecto
 
 
 def __getattr__(name: str) -> Any:
-    target = _NAMES.get(name)
+    target = NAMES.get(name)
     if target is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         raise HostError(
-            f"SGLang {installed_version()} has no {target} (tested with {TESTED_VERSION}); "
-            f"install sglang=={TESTED_VERSION}"
+            f"SGLang {installed_version()} has no {target}; {install_advice()}"
         ) from error
-
-
-def installed_version() -> str:
-    """Version of the installed SGLang."""
-    return importlib.metadata.version("sglang")
-
-
-def check_version() -> None:
-    """Refuse an SGLang that the hooks were not tested with.
-
-    Raises:
-        ConfigError: another version, and the environment does not allow it.
-    """
-    version = installed_version()
-    if version == TESTED_VERSION or os.environ.get(ALLOW_UNTESTED_ENV) == "1":
-        return
-    raise ConfigError(
-        f"--kv-quant: expected SGLang {TESTED_VERSION}, got {version}; install "
-        f"sglang=={TESTED_VERSION}, or set {ALLOW_UNTESTED_ENV}=1 to try this one"
-    )

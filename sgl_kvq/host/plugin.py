@@ -6,16 +6,31 @@ only when it is on.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sgl_kvq.errors import HostError
 from sgl_kvq.host import names as host
 from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND
 from sgl_kvq.host.server_args import KvqServerArgs, quant_config
+from sgl_kvq.host.versions import calls, internals
+from sgl_kvq.host.versions.supported import install_advice, installed_version
 
 _registered = False
+
+
+class Hook(NamedTuple):
+    """A function of SGLang that one of ours is called around.
+
+    Args:
+        target: Its qualified name.
+        function: Called with SGLang's function and its arguments.
+        purpose: What for, as `patches/README.md` lists it.
+    """
+
+    target: str
+    function: Callable[..., Any]
+    purpose: str
 
 
 def register() -> None:
@@ -27,34 +42,33 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    hook, kind = host.HookRegistry.register, host.HookType
-    hook(host.SERVER_ARGS, KvqServerArgs, kind.REPLACE)
-    for target, function in _AROUND.items():
-        hook(target, function, kind.AROUND)
+    add_hook, kind = host.HookRegistry.register, host.HookType
+    add_hook(host.SERVER_ARGS, KvqServerArgs, kind.REPLACE)
+    for hook in HOOKS:
+        add_hook(hook.target, hook.function, kind.AROUND)
     host.add_attention_backend_choices([BACKEND])
     host.register_attention_backend(BACKEND)(_create_backend)
     host.add_disagg_transfer_backend_choices([TRANSFER_BACKEND])
-    _add_transfer_backend()
-    # `sgl.Engine` keeps the class as an attribute, which the hook registry does not see.
-    engine = sys.modules.get("sglang.srt.entrypoints.engine")
-    if engine is not None:
-        engine.Engine.server_args_class = KvqServerArgs
+    internals.add_enum_member(host.TransferBackend, "KVQ_ZMQ", TRANSFER_BACKEND)
+    internals.replace_engine_args(KvqServerArgs)
 
 
 def check_hooks() -> None:
-    """Make sure that every hook is live in this process.
+    """Make sure that every hook is live in this process and that SGLang's calls fit ours.
 
     Raises:
-        HostError: names the hook that is not.
+        HostError: names the hook that is not, or the function whose arguments differ.
     """
-    patched = host.HookRegistry._patched
-    missing = [target for target in (host.SERVER_ARGS, *_AROUND) if target not in patched]
+    patched = internals.patched_targets(host.HookRegistry)
+    targets = [host.SERVER_ARGS, *(hook.target for hook in HOOKS)]
+    missing = [target for target in targets if target not in patched]
     if host.ATTENTION_BACKENDS.get(BACKEND) is not _create_backend:
         missing.append(f"attention backend {BACKEND}")
-    if missing:
+    wrong = [f"hooks not live: {', '.join(missing)}"] if missing else []
+    wrong += calls.differences()
+    if wrong:
         raise HostError(
-            f"--kv-quant: hooks not live in SGLang {host.installed_version()}: "
-            f"{', '.join(missing)}; install sglang=={host.TESTED_VERSION}"
+            f"--kv-quant with SGLang {installed_version()}: {'; '.join(wrong)}; {install_advice()}"
         )
 
 
@@ -98,12 +112,17 @@ def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: 
 
 
 def _alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **kwargs: Any) -> Any:
-    if "sgl_kvq.host.allocator" in sys.modules:
+    if _is_ours(tree_cache.token_to_kv_pool_allocator):
         from sgl_kvq.host.allocator import make_room_for_first_pages
 
-        prefix_lens_cpu = kwargs["prefix_lens_cpu"] if "prefix_lens_cpu" in kwargs else args[1]
+        prefix_lens_cpu = calls.argument(original, "prefix_lens_cpu", tree_cache, *args, **kwargs)
         make_room_for_first_pages(tree_cache, int((prefix_lens_cpu == 0).sum()))
     return original(tree_cache, *args, **kwargs)
+
+
+def _is_ours(allocator: Any) -> bool:
+    """Whether an allocator belongs to a quantized pool; imports nothing where it does not."""
+    return type(allocator).__module__ == "sgl_kvq.host.allocator"
 
 
 def _start_metrics(original: Callable[..., Any], reporter: Any) -> None:
@@ -122,23 +141,13 @@ def _log_stats(original: Callable[..., Any], collector: Any, stats: Any) -> None
         metrics.log()
 
 
-def _prealloc(original: Callable[..., Any], queue: Any, req: Any, *args: Any) -> Any:
-    if "sgl_kvq.host.allocator" in sys.modules:
+def _prealloc(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_ours(queue.tree_cache.token_to_kv_pool_allocator):
         from sgl_kvq.host.allocator import make_room_for_first_pages
 
-        has_prefix = len(args) > 1 and bool(args[1])
-        make_room_for_first_pages(queue.tree_cache, 0 if has_prefix else 1)
-    return original(queue, req, *args)
-
-
-def _add_transfer_backend() -> None:
-    """Give SGLang's enum of transfer backends a further member."""
-    backends = host.TransferBackend
-    if TRANSFER_BACKEND in backends._value2member_map_:
-        return
-    member = object.__new__(backends)
-    member._name_, member._value_ = "KVQ_ZMQ", TRANSFER_BACKEND
-    backends._value2member_map_[TRANSFER_BACKEND] = member
+        prefix_len = calls.argument(original, "prefix_len", queue, req, *args, **kwargs)
+        make_room_for_first_pages(queue.tree_cache, 0 if prefix_len else 1)
+    return original(queue, req, *args, **kwargs)
 
 
 def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
@@ -175,16 +184,19 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     return original(backend)
 
 
-_AROUND: dict[str, Callable[..., Any]] = {
-    host.RESOLVE_POOL_SIZE: _resolve_pool_size,
-    host.BUILD_POOL: _build_pool,
-    host.BUILD_ALLOCATOR: _build_allocator,
-    host.ALLOC_EXTEND: _alloc_extend,
-    host.SUPPORT_TRITON: _support_triton,
-    host.GET_KV_CLASS: _kv_class,
-    host.PREFILL_MANAGER: _start_manager,
-    host.DECODE_MANAGER: _start_manager,
-    host.DECODE_PREALLOC: _prealloc,
-    host.METRICS_REPORTER: _start_metrics,
-    host.LOG_STATS: _log_stats,
-}
+HOOKS = (
+    Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
+    Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
+    Hook(
+        host.BUILD_ALLOCATOR, _build_allocator, "the allocator that hands out open and sink slots"
+    ),
+    Hook(host.ALLOC_EXTEND, _alloc_extend, "room for sink rows before new sequences start"),
+    Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),
+    Hook(host.SUPPORT_TRITON, _support_triton, "PyTorch helpers instead of Triton ones on a CPU"),
+    Hook(host.GET_KV_CLASS, _kv_class, "our classes for PD transfer"),
+    Hook(host.PREFILL_MANAGER, _start_manager, "the transfer thread of a PD prefill instance"),
+    Hook(host.DECODE_MANAGER, _start_manager, "the transfer thread of a PD decode instance"),
+    Hook(host.METRICS_REPORTER, _start_metrics, "our gauges, beside SGLang's"),
+    Hook(host.LOG_STATS, _log_stats, "their values, whenever SGLang sets its own"),
+)
+"""All functions of SGLang that we wrap."""

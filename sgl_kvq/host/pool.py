@@ -67,12 +67,21 @@ class QuantizedKVPool(KVCache):
             [layout.page_bytes for layout in self.plan.layouts],
         )
 
-    def get_cpu_copy(self, indices: torch.Tensor, mamba_indices: Any = None) -> dict[str, Any]:
-        """Copy a request's whole cache to the host; see `PagedStore.copy_to_host`."""
+    def get_cpu_copy(
+        self, indices: torch.Tensor, mamba_indices: Any = None, req_pool_index: Any = None
+    ) -> dict[str, Any]:
+        """Copy a request's whole cache to the host; see `PagedStore.copy_to_host`.
+
+        The last two arguments are SGLang's, for pools with state beside K and V.
+        """
         return self.store.copy_to_host(indices)
 
     def load_cpu_copy(
-        self, kv_cache_cpu: dict[str, Any], indices: torch.Tensor, mamba_indices: Any = None
+        self,
+        kv_cache_cpu: dict[str, Any],
+        indices: torch.Tensor,
+        mamba_indices: Any = None,
+        req_pool_index: Any = None,
     ) -> None:
         """Bring a request back from the host; see `PagedStore.copy_from_host`."""
         self.store.copy_from_host(kv_cache_cpu, indices)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sgl_kvq.attention.layer import HeadBasis
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.formats.calibration import Calibration, LayerBasis, load_calibration
+from sgl_kvq.formats.calibration import Calibration, load_calibration
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.names import get_parallel
 
@@ -30,19 +30,6 @@ def model_calibration(config: KVQuantConfig, model_config: Any) -> Calibration:
     )
 
 
-def model_bases(config: KVQuantConfig, model_config: Any) -> list[LayerBasis]:
-    """Bases of all layers and heads, none if the format stores heads as they are.
-
-    Args:
-        config: The options.
-        model_config: SGLang's `ModelConfig`.
-
-    Raises:
-        ConfigError: `--kv-quant-config` does not fit the model.
-    """
-    return list(model_calibration(config, model_config).bases)
-
-
 def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[HeadBasis]:
     """Bases of this rank's layers, none if the format stores heads as they are.
 
@@ -55,7 +42,7 @@ def rank_bases(runner: Any, config: KVQuantConfig, layout: PageLayout) -> list[H
         ConfigError: `--kv-quant-config` does not fit the model.
     """
     device = str(runner.token_to_kv_pool.device)
-    bases = model_bases(config, runner.model_config)
+    bases = model_calibration(config, runner.model_config).bases
     parallel = get_parallel()
     total = runner.model_config.get_total_num_kv_heads()
     start = parallel.attn_tp_rank * total // parallel.attn_tp_size

@@ -5,63 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from sgl_kvq.config import KVQuantConfig
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.allocator import KvqCpuPagedAllocator, KvqPagedAllocator
 from sgl_kvq.host.names import MemoryPoolConfig, get_disagg, get_exec, get_parallel, get_schedule
 from sgl_kvq.host.pool import QuantizedKVPool
-from sgl_kvq.host.rank_basis import model_calibration
+from sgl_kvq.host.resolution import page_layouts
+from sgl_kvq.host.versions.internals import attn_dp_size
 from sgl_kvq.memory_pool.capacity import PoolPlan, plan_pool
 
 logger = logging.getLogger(__name__)
-
-
-def make_layouts(
-    config: KVQuantConfig, model_config: Any, tp_size: int, model_dtype: torch.dtype
-) -> tuple[PageLayout, ...]:
-    """Layout of a page row in each layer of a model, on one rank.
-
-    Args:
-        config: The options.
-        model_config: SGLang's `ModelConfig`.
-        tp_size: Ranks that share the heads.
-        model_dtype: Type of the model's activations; 32-bit models keep bfloat16 rows.
-    """
-    return tuple(
-        PageLayout(
-            format=layer_format,
-            head_dim=model_config.head_dim,
-            num_kv_heads=model_config.get_num_kv_heads(tp_size),
-            row_dtype=model_dtype if model_dtype.itemsize == 2 else torch.bfloat16,
-            hadamard_block=config.hadamard_block,
-        )
-        for layer_format in model_calibration(config, model_config).formats
-    )
-
-
-def check_memory(args: Any, model_config: Any, config: KVQuantConfig) -> None:
-    """Refuse a layout or `--kv-quant-memory-gb` that cannot be, before any process starts.
-
-    Args:
-        args: SGLang's `ServerArgs`.
-        model_config: SGLang's `ModelConfig`.
-        config: The options.
-
-    Raises:
-        ConfigError: says what does not fit and how much is needed.
-    """
-    layouts = make_layouts(config, model_config, args.tp_size, model_config.dtype)
-    if config.memory_gb is None:
-        return
-    plan_pool(
-        int(config.memory_gb * 2**30),
-        layouts,
-        config.sink_tokens,
-        args.max_running_requests,
-        args.max_total_tokens,
-    )
 
 
 def resolve_pool_config(
@@ -90,7 +43,7 @@ def resolve_pool_config(
         arriving = get_disagg().disaggregation_decode_extra_slots or 0
     requested = get_schedule().max_running_requests
     if requested is not None:
-        requested = max(1, requested // configurator.ps.attn_dp_size) + arriving
+        requested = max(1, requested // attn_dp_size(configurator)) + arriving
     plan = _plan(configurator, config, budget, requested)
     max_tokens = configurator._apply_token_constraints(plan.num_tokens)
     if max_tokens < plan.num_tokens:
@@ -120,7 +73,7 @@ def _plan(
 
 def _rank_layouts(configurator: Any, config: KVQuantConfig) -> tuple[PageLayout, ...]:
     """Layouts of the layers of this rank."""
-    layouts = make_layouts(
+    layouts = page_layouts(
         config, configurator.model_config, get_parallel().attn_tp_size, configurator.model_dtype
     )
     first = configurator.layer_info.start_layer

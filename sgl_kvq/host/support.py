@@ -1,4 +1,4 @@
-"""What quantized pages do not support, refused at start with one line that says what to do."""
+"""Devices and models that quantized pages do not support, refused at start with one line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 
-from sgl_kvq.config import MIN_PAGES
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.names import (
-    BACKEND,
-    TRANSFER_BACKEND,
     AttentionArch,
     AttentionType,
     RadixAttention,
@@ -20,69 +16,6 @@ from sgl_kvq.host.names import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Option of ServerArgs, the values --kv-quant works with, and what to do otherwise.
-_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("page_size", (None, PAGE_SIZE), "drop the option: pages are the quantization block"),
-    ("attention_backend", (None, BACKEND), "drop the option"),
-    ("prefill_attention_backend", (None, BACKEND), "drop the option"),
-    ("decode_attention_backend", (None, BACKEND), "drop the option"),
-    ("kv_cache_dtype", ("auto",), "drop the option: --kv-quant says how KV is stored"),
-    ("speculative_algorithm", (None,), "run without speculative decoding"),
-    ("disaggregation_decode_enable_offload_kvcache", (False,), "drop the option"),
-    ("enable_hierarchical_cache", (False,), "drop the option"),
-    ("enable_hisparse", (False,), "drop the option"),
-    ("enable_lmcache", (False,), "drop the option"),
-    ("enable_unified_memory", (False,), "drop the option"),
-    ("enable_page_major_kv_layout", (False,), "drop the option"),
-    ("prefill_only_disable_kv_cache", (False,), "drop the option"),
-    ("enable_two_batch_overlap", (False,), "drop the option"),
-    ("enable_pdmux", (False,), "drop the option"),
-    ("enable_streaming_session", (False,), "drop the option"),
-    ("enable_mis", (False,), "drop the option"),
-    ("dllm_algorithm", (None,), "drop the option"),
-    ("cuda_graph_backend_decode", (None, "full", "disabled"), "drop the option"),
-    ("cuda_graph_backend_prefill", (None, "disabled"), "drop the option"),
-    ("dcp_size", (1,), "use --tp-size instead"),
-    ("attn_cp_size", (1,), "use --tp-size instead"),
-    ("pp_size", (1,), "use --tp-size instead"),
-)
-
-
-def check_options(args: Any) -> None:
-    """Refuse server options that quantized pages cannot honour.
-
-    Args:
-        args: SGLang's `ServerArgs` as the user gave them.
-
-    Raises:
-        ConfigError: names the option, what is expected, what came and what to do.
-    """
-    for name, supported, advice in _OPTIONS:
-        value = getattr(args, name, supported[0])
-        if value not in supported:
-            flag = "--" + name.replace("_", "-")
-            expected = " or ".join(str(option) for option in supported if option is not None)
-            raise ConfigError(
-                f"--kv-quant with {flag}: expected {expected or 'it unset'}, got {value}; {advice}"
-            )
-    backend = args.disaggregation_transfer_backend
-    if args.disaggregation_mode not in ("null", None) and backend != TRANSFER_BACKEND:
-        raise ConfigError(
-            f"--kv-quant with --disaggregation-mode {args.disaggregation_mode}: expected "
-            f"--disaggregation-transfer-backend {TRANSFER_BACKEND}, got {backend}; add it"
-        )
-    if args.max_total_tokens is not None and args.max_total_tokens < MIN_PAGES * PAGE_SIZE:
-        raise ConfigError(
-            f"--kv-quant with --max-total-tokens: expected at least {MIN_PAGES * PAGE_SIZE}, "
-            f"got {args.max_total_tokens}; raise it"
-        )
-    chunk = args.chunked_prefill_size
-    if chunk is not None and chunk > 0 and chunk % PAGE_SIZE:
-        raise ConfigError(
-            f"--kv-quant with --chunked-prefill-size: expected a multiple of {PAGE_SIZE}, "
-            f"got {chunk}; use {max(PAGE_SIZE, chunk // PAGE_SIZE * PAGE_SIZE)}"
-        )
 
 
 def choose_graphs(args: Any) -> None:

@@ -13,6 +13,7 @@ from sgl_kvq.commands.check import command as check
 from sgl_kvq.commands.check import kernel_errors
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.host.versions.supported import installed_version
 from sgl_kvq.kernels.decode import cpu as decode_cpu
 from sgl_kvq.kernels.extend import reference as extend_reference
 from sgl_kvq.memory_pool.storage import PagedCache
@@ -25,7 +26,7 @@ def test_the_screen_of_a_machine_that_works(capsys: pytest.CaptureFixture[str]) 
     assert "everything works" in text
     for word in (
         "torch 2.",
-        "sglang 0.5.17",
+        f"sglang {installed_version()}",
         "0 of",
         "decode error",
         "extend error",

@@ -39,7 +39,11 @@ def test_a_gpu_server_s_options(model_path: str, capfd: pytest.CaptureFixture[st
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
 
+    from sgl_kvq.host.versions.records import resolve, resolved_value
+
     args = prepare_server_args(["--model-path", model_path, "--kv-quant", "hack2"])
-    assert args.cuda_graph_config.prefill.backend == "disabled"
-    assert args.cuda_graph_config.decode.backend == "full"
+    resolve(args)
+    graphs = resolved_value(args, "cuda_graph_config")
+    assert graphs.prefill.backend == "disabled"
+    assert graphs.decode.backend == "full"
     assert "prefill CUDA graph is off, because" in capfd.readouterr().err

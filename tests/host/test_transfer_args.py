@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.host.transfer_args import TransferArgs, transfer_config
+from sgl_kvq.host.options import OPTIONS
+from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.transfer.options import TransferConfig
 
 
 def options(**changes: Any) -> TransferConfig:
-    fields = {name: field.default for name, field in TransferArgs.__dataclass_fields__.items()}
+    fields = {option.name: option.default for option in OPTIONS}
     return transfer_config(SimpleNamespace(**(fields | changes)))
 
 

@@ -48,8 +48,6 @@ class SchedulerHarness:
 
         load_plugins()
         from sglang.srt import server_args as server_args_module
-        from sglang.srt.managers.scheduler import Scheduler
-        from sglang.srt.runtime_context import publish
 
         server_args = server_args_module.ServerArgs(
             model_path=str(model_path),
@@ -62,9 +60,7 @@ class SchedulerHarness:
                 **options,
             },
         )
-        publish(server_args, role="scheduler")
-        port_args = server_args_module.PortArgs.init_new(server_args)
-        self.scheduler = Scheduler(server_args, port_args, tp_rank, tp_rank, 0, 0, 0, 0, None)
+        self.scheduler = start_rank(server_args, tp_rank)
         self._ids = itertools.count()
         self._requests: dict[str, Any] = {}
 
@@ -205,3 +201,18 @@ class SchedulerHarness:
         del self.scheduler
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def start_rank(server_args: Any, tp_rank: int) -> Any:
+    """Make SGLang's scheduler of a rank as its process does, in either shape it has had."""
+    from sglang.srt import runtime_context
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.server_args import PortArgs
+
+    if hasattr(runtime_context, "SpawnRanks"):
+        ranks = runtime_context.SpawnRanks(world_rank=tp_rank, gpu_id=tp_rank)
+        runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+        return Scheduler(server_args, PortArgs.init_new(server_args))
+    runtime_context.publish(server_args, role="scheduler")
+    port_args = PortArgs.init_new(server_args)
+    return Scheduler(server_args, port_args, tp_rank, tp_rank, 0, 0, 0, 0, None)

@@ -18,6 +18,7 @@ from sgl_kvq.errors import KvqError
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.host import names as host
+from sgl_kvq.host.versions import supported
 
 DEFAULT_FORMATS = ("kvq2", "hack2", "hack4", "bf16")
 MIN_CAPABILITY = (8, 0)
@@ -104,8 +105,8 @@ def _device() -> str:
 
 
 def _sglang() -> str:
-    host.check_version()
-    return f"{host.installed_version()}, tested with {host.TESTED_VERSION}"
+    supported.check_version()
+    return f"{supported.installed_version()}, supported: {', '.join(supported.SUPPORTED)}"
 
 
 def _hooks() -> str:

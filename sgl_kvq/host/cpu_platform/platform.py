@@ -33,10 +33,14 @@ class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
         return "torch_native"
 
     def get_mha_kv_pool_cls(self) -> type:
-        """Return SGLang's own pool; `--kv-quant` replaces it one level higher."""
+        """Return SGLang's own pool (before 0.5.22); `--kv-quant` replaces it one level higher."""
         from sgl_kvq.host.names import MHATokenToKVPool
 
         return MHATokenToKVPool
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Leave the choice of a pool to SGLang, as `get_mha_kv_pool_cls` does (from 0.5.22)."""
+        return None
 
     def get_paged_allocator_cls(self) -> type:
         """Return the allocator that needs no Triton."""

@@ -18,6 +18,7 @@ from sgl_kvq.host.names import (
     KVPoll,
     KVTransferError,
 )
+from sgl_kvq.host.versions.supported import install_advice
 from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, metadata_block
 from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.connections import ConnectionState
@@ -69,18 +70,9 @@ class KvqSender(_Poller, CommonKVSender):
         mgr: KvqManager,
         bootstrap_addr: str,
         bootstrap_room: int,
-        dest_tp_ranks: list[int],
-        pp_rank: int,
-        req_has_disagg_prefill_dp_rank: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            mgr,
-            bootstrap_addr,
-            bootstrap_room,
-            dest_tp_ranks,
-            pp_rank,
-            req_has_disagg_prefill_dp_rank,
-        )
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, **options)
         self.request_state = mgr.make_request_state(bootstrap_room)
         self.num_tokens = 0
         mgr.thread.open_room(bootstrap_room, self.request_state)
@@ -100,6 +92,7 @@ class KvqSender(_Poller, CommonKVSender):
         kv_indices: npt.NDArray[np.int32],
         state_indices: list[Any] | None = None,
         num_kv_tokens: int | None = None,
+        indices_event: Any = None,
     ) -> None:
         """Hand over the pages of a chunk; the transfer thread reads them from the pool.
 
@@ -107,12 +100,17 @@ class KvqSender(_Poller, CommonKVSender):
             kv_indices: [n] pages in order of position.
             state_indices: Unused: our pools have no other state.
             num_kv_tokens: Tokens in these pages; only the last one may be partly filled.
+            indices_event: None: SGLang gives it to senders that ask for indices on their way to
+                the host.
 
         Raises:
-            TransferError: SGLang did not say how many tokens.
+            TransferError: SGLang did not say how many tokens, or the indices are not there yet.
         """
-        if num_kv_tokens is None:
-            raise TransferError("send: expected num_kv_tokens, got None; install sglang==0.5.17")
+        if num_kv_tokens is None or indices_event is not None:
+            raise TransferError(
+                "send: expected num_kv_tokens and no indices_event, "
+                f"got {num_kv_tokens} and {indices_event}; {install_advice()}"
+            )
         pages, _, is_last, should_skip = self._prepare_send_indices(kv_indices, state_indices)
         if should_skip:
             return
@@ -187,6 +185,10 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state
         )
 
+    def _register_kv_args(self) -> bool:
+        """Tell SGLang that nothing is left to register: our handshake does that."""
+        return True
+
     def poll(self) -> Any:
         """SGLang's `KVPoll`; a request waits until all its prefill ranks passed the handshake."""
         status = super().poll()
@@ -207,6 +209,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         aux_index: int | None = None,
         state_indices: list[Any] | None = None,
         decode_prefix_len: int | None = None,
+        destination: str = "device",
+        device_kv_indices: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Ask for the pages.
 
@@ -215,7 +219,14 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             aux_index: Row of the metadata buffers.
             state_indices: Unused.
             decode_prefix_len: Tokens that are here, a multiple of the page size.
+            destination: Where the pages are to go.
+            device_kv_indices: Unused: names pages on the device for transfers to the host.
+
+        Raises:
+            TransferError: the pages are to go to host memory.
         """
+        if destination != "device":
+            raise TransferError(f"send_metadata: expected destination device, got {destination}")
         self.has_pages = True
         manager = self.kv_mgr
         transfer = IncomingTransfer(
