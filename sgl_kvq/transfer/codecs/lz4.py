@@ -16,14 +16,14 @@ class Lz4(Codec):
 
     @override
     def encode(self, payload: Buffer) -> Buffer:
-        import lz4.block  # type: ignore[import-untyped]
+        import lz4.block
 
         data: bytes = lz4.block.compress(payload, store_size=False)
         return data
 
     @override
     def decode(self, data: Buffer, raw_bytes: int) -> Buffer:
-        import lz4.block  # type: ignore[import-untyped]
+        import lz4.block
 
         payload: bytes = lz4.block.decompress(data, uncompressed_size=raw_bytes)
         return payload
