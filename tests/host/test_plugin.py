@@ -15,7 +15,7 @@ from scripts.hook_table import hook_table
 from sgl_kvq.errors import HostError
 from sgl_kvq.host import names as host
 from sgl_kvq.host.versions.supported import SUPPORTED
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture

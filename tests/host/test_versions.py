@@ -12,7 +12,7 @@ import pytest
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.host.options import OPTIONS
 from sgl_kvq.host.versions import calls, internals, records, supported
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")
