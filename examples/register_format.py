@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kvq.formats.base import PAGE_SIZE, Coding, QuantFormat
+from sgl_kvq.formats.base import PAGE_SIZE, Coding
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.formats.registry import get_format, register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 HEADS, HEAD_DIM = 2, 128
 
 register(
-    QuantFormat(
+    ScalarFormat(
         name="k8v4",
         k=Coding(8, axis="channel"),
         v=Coding(4, axis="token"),

@@ -27,11 +27,10 @@ from sgl_kvq.transfer.blocks import cut_pages, metadata_block
 from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.client import DecodeThread
 from sgl_kvq.transfer.decode.connections import ConnectionState
-from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.options import TransferConfig, default_workers
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.runtime.request_state import RequestState
-from sgl_kvq.transfer.runtime.workers import default_workers
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
 

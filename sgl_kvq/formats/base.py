@@ -5,6 +5,7 @@ Nothing here imports torch: a format is a description until its pages are writte
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -175,11 +176,11 @@ class CalibrationMethod:
 
 
 @dataclass(frozen=True)
-class QuantFormat:
+class QuantFormat(ABC):
     """A named way to store K and V in closed pages.
 
-    This class is the family of scalar formats: codes, and one (scale, min) per group. A family with
-    other fields derives from it and overrides `fields`, `quantize` and `dequantize`.
+    A family of formats derives from it and says which fields a page has and how they are written
+    and read; `sgl_kvq.formats.scalar` is the family of codes with one (scale, min) per group.
 
     Args:
         name: The value of `--kv-quant`.
@@ -202,14 +203,15 @@ class QuantFormat:
         """Bits from which `CalibrationMethod.with_bits` makes this format."""
         return LayerBits(self.k.num_bits, self.k.outlier_16ths, self.v.num_bits)
 
+    @abstractmethod
     def fields(self, head_dim: int) -> list[FieldSpec]:
         """Fields of one head of a page, in the order they lie.
 
         Args:
             head_dim: Channels of a head.
         """
-        return [*_coding_fields("k", self.k, head_dim), *_coding_fields("v", self.v, head_dim)]
 
+    @abstractmethod
     def quantize(
         self, k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
     ) -> torch.Tensor:
@@ -224,10 +226,8 @@ class QuantFormat:
         Returns:
             uint8 [N, page_bytes].
         """
-        from sgl_kvq.formats.quantize import quantize_pages
 
-        return quantize_pages(k, v, num_sinks, layout)
-
+    @abstractmethod
     def dequantize(self, pages: torch.Tensor, layout: PageLayout, tensor: KOrV) -> torch.Tensor:
         """Read K or V back, in the basis that the rows were given in.
 
@@ -239,25 +239,3 @@ class QuantFormat:
         Returns:
             float32 [N, num_kv_heads, PAGE_SIZE, head_dim].
         """
-        from sgl_kvq.formats.dequantize import dequantize_pages
-
-        return dequantize_pages(pages, layout, tensor)
-
-
-def _coding_fields(tensor: KOrV, coding: Coding, head_dim: int) -> list[FieldSpec]:
-    """Fields of K or V. Minima lie right behind the scales, so that one read takes both."""
-    if coding.is_raw:
-        return [FieldSpec(f"{tensor}_codes", (PAGE_SIZE, head_dim), "row")]
-    width = head_dim // coding.num_planes
-    codes = (PAGE_SIZE, width) if tensor == "k" else (width, PAGE_SIZE)
-    groups = coding.num_groups(head_dim)
-    meta = (groups,) if coding.axis == "channel" else (groups, PAGE_SIZE)
-    fields = [
-        FieldSpec(f"{tensor}_codes", codes, "uint8"),
-        FieldSpec(f"{tensor}_scales", meta, "bfloat16"),
-        FieldSpec(f"{tensor}_mins", meta, "bfloat16"),
-    ]
-    if outliers := coding.num_outliers(head_dim):
-        extra = (PAGE_SIZE, outliers * EXTRA_BITS // 8)
-        fields.append(FieldSpec(f"{tensor}_extra", extra, "uint8"))
-    return fields

@@ -16,9 +16,9 @@ import logging
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats import families
 from sgl_kvq.formats.base import QuantFormat
 
 ENTRY_POINT_GROUP = "sgl_kvq.formats"
@@ -82,7 +82,8 @@ def formats_help() -> str:
 @cache
 def _import_families() -> None:
     """Import our own formats. A module that is being imported when it calls this is skipped."""
-    for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+    folder = Path(__file__).with_name("families")
+    for module in pkgutil.iter_modules([str(folder)], f"{__package__}.families."):
         importlib.import_module(module.name)
 
 

@@ -12,9 +12,9 @@ from sgl_kvq.attention.layer import HeadBasis, LayerSpec
 from sgl_kvq.attention.step import StepInput, StepMode
 from sgl_kvq.errors import ConfigError, HostError, KvqError
 from sgl_kvq.host.names import AttentionBackend
+from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.host.rank_basis import rank_bases
-from sgl_kvq.host.server_args import quant_config
 from sgl_kvq.host.support import check_layers
 from sgl_kvq.memory_pool.store import PagedStore
 

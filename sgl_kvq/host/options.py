@@ -6,10 +6,13 @@ the options are about; values are checked when SGLang resolves its arguments.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sgl_kvq.host.names import NS, Arg
 from sgl_kvq.host.versions.records import Option, options_of
+
+if TYPE_CHECKING:
+    from sgl_kvq.config import KVQuantConfig
 
 PREFIX = "kv_quant_"
 
@@ -127,3 +130,30 @@ OPTIONS: list[Option] = [*options_of(QuantOptions), *options_of(TransferOptions)
 def flag_of(name: str) -> str:
     """Command line flag of a field of `ServerArgs`."""
     return "--" + name.replace("_", "-")
+
+
+def quant_config(args: Any) -> KVQuantConfig | None:
+    """Read the options of the KV cache.
+
+    Args:
+        args: `ServerArgs`, ours or SGLang's own.
+
+    Returns:
+        None when `--kv-quant` is off.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    name = getattr(args, "kv_quant", None)
+    if name is None:
+        return None
+    from sgl_kvq.config import KVQuantConfig
+
+    return KVQuantConfig(
+        format=name,
+        prefill=args.kv_quant_prefill,
+        sink_tokens=args.kv_quant_sink_tokens,
+        hadamard_block=args.kv_quant_hadamard_block,
+        memory_gb=args.kv_quant_memory_gb,
+        config_file=args.kv_quant_config,
+    )

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from sgl_kvq.errors import HostError
 from sgl_kvq.host import names as host
 from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND
-from sgl_kvq.host.server_args import KvqServerArgs, quant_config
+from sgl_kvq.host.options import quant_config
+from sgl_kvq.host.server_args import KvqServerArgs
 from sgl_kvq.host.versions import calls, internals
 from sgl_kvq.host.versions.supported import install_advice, installed_version
 

@@ -20,8 +20,8 @@ from sgl_kvq.formats.calibration import Calibration
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.host.model_files import check_model_files
 from sgl_kvq.host.names import BACKEND
+from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.rank_basis import model_calibration
-from sgl_kvq.host.server_args import quant_config
 from sgl_kvq.host.server_options import check_options
 from sgl_kvq.host.support import check_device, check_model, choose_graphs
 from sgl_kvq.host.transfer_args import transfer_config

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sgl_kvq.errors import ConfigError, KvqError
 from sgl_kvq.host.names import TRANSFER_BACKEND, ServerArgs
 from sgl_kvq.host.options import OPTIONS, PREFIX, flag_of
 from sgl_kvq.host.versions.records import extend_server_args
-
-if TYPE_CHECKING:
-    from sgl_kvq.config import KVQuantConfig
 
 _FROM_COMMAND_LINE = "_kvq_from_command_line"
 """Attribute of records made from a command line: their errors end the process with one line."""
@@ -79,30 +76,3 @@ def _refuse_stray_options(args: Any) -> None:
             raise ConfigError(
                 f"{flag}: expected --kv-quant FORMAT beside it; add it or drop {flag}"
             )
-
-
-def quant_config(args: Any) -> KVQuantConfig | None:
-    """Read the options of the KV cache.
-
-    Args:
-        args: `ServerArgs`, ours or SGLang's own.
-
-    Returns:
-        None when `--kv-quant` is off.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-    name = getattr(args, "kv_quant", None)
-    if name is None:
-        return None
-    from sgl_kvq.config import KVQuantConfig
-
-    return KVQuantConfig(
-        format=name,
-        prefill=args.kv_quant_prefill,
-        sink_tokens=args.kv_quant_sink_tokens,
-        hadamard_block=args.kv_quant_hadamard_block,
-        memory_gb=args.kv_quant_memory_gb,
-        config_file=args.kv_quant_config,
-    )

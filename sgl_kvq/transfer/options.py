@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sgl_kvq.errors import ConfigError
 from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
-from sgl_kvq.transfer.runtime.workers import default_workers
 
 FLAG = "--kv-quant-transfer-"
 """What the names of the options begin with."""
+
+
+def default_workers() -> int:
+    """Three on a machine with cores to spare: ZeroMQ's and the transfer thread need two."""
+    return max(0, min(3, len(os.sched_getaffinity(0)) - 2))
 
 
 @dataclass(frozen=True)

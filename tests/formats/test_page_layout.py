@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sgl_kvq.errors import ConfigError
-from sgl_kvq.formats.base import PAGE_SIZE, Coding, QuantFormat, hadamard_order, partition_size
+from sgl_kvq.formats.base import PAGE_SIZE, Coding, hadamard_order, partition_size
 from sgl_kvq.formats.page_layout import ALIGNMENT_BYTES, PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.formats.scalar import ScalarFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -60,7 +61,7 @@ def test_bytes_per_token_and_head(name: str, head_dim: int, bytes_per_token: int
 
 
 def test_a_new_mix_of_bits_is_a_table_row() -> None:
-    mixed = QuantFormat("k8v4", Coding(8, "channel"), Coding(4), help="test", source="test")
+    mixed = ScalarFormat("k8v4", Coding(8, "channel"), Coding(4), help="test", source="test")
     layout = PageLayout(mixed, 64, 1)
     assert layout.fields["k_codes"].shape == (PAGE_SIZE, 64)
     assert layout.fields["v_codes"].shape == (32, PAGE_SIZE)

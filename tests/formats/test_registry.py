@@ -22,9 +22,10 @@ from tests.support import ROOT
 OUTSIDE = """
 from sgl_kvq.formats.base import Coding, QuantFormat
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 OURS = register(
-    QuantFormat(
+    ScalarFormat(
         name="outside8",
         k=Coding(8, axis="token", rotated=True),
         v=Coding(4, axis="channel", rounding="half_up"),

@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 from rich.console import Console
@@ -50,7 +50,11 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"[bold]sgl_kvq {__version__}[/bold]  {_versions()}")
     passed = [
         _line(console, name, check)
-        for name, check in (("device", _device), ("SGLang", _sglang), ("hooks", _hooks))
+        for name, check in (
+            ("device", _device),
+            ("host", supported.describe_version),
+            ("hooks", _hooks),
+        )
     ]
     on_gpu = torch.cuda.is_available()
     errors: dict[str, KernelErrors] = {}
@@ -78,15 +82,10 @@ def _line(console: Console, name: str, check: Callable[[], str]) -> bool:
 
 
 def _versions() -> str:
-    def known(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    names = ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python")
-    python = f"Python {platform.python_version()}"
-    return ", ".join([python, *(f"{name} {known(name)}" for name in names)])
+    """Python and the packages that kernels and hooks depend on, with their versions."""
+    known = {"Python": platform.python_version(), "torch": version("torch")}
+    known |= {"triton": version("triton"), **supported.versions_of_host()}
+    return ", ".join(f"{name} {number}" for name, number in known.items())
 
 
 def _device() -> str:
@@ -102,11 +101,6 @@ def _device() -> str:
         f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}, "
         f"{torch.cuda.device_count()} visible"
     )
-
-
-def _sglang() -> str:
-    supported.check_version()
-    return f"{supported.installed_version()}, supported: {', '.join(supported.SUPPORTED)}"
 
 
 def _hooks() -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from sgl_kvq.formats.base import Coding, QuantFormat
+from sgl_kvq.formats.base import Coding
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 register(
-    QuantFormat(
+    ScalarFormat(
         name="bf16",
         k=Coding(16),
         v=Coding(16),

@@ -8,12 +8,13 @@ axes of arXiv v1 (section 4), with nearest instead of stochastic rounding.
 
 from __future__ import annotations
 
-from sgl_kvq.formats.base import Coding, QuantFormat
+from sgl_kvq.formats.base import Coding
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 for _name, _k_bits, _v_bits in (("hack2", 2, 2), ("hack4", 4, 4), ("hack8", 8, 8), ("k4v2", 4, 2)):
     register(
-        QuantFormat(
+        ScalarFormat(
             name=_name,
             k=Coding(_k_bits, axis="channel"),
             v=Coding(_v_bits, axis="token"),
@@ -23,7 +24,7 @@ for _name, _k_bits, _v_bits in (("hack2", 2, 2), ("hack4", 4, 4), ("hack8", 8, 8
     )
 
 register(
-    QuantFormat(
+    ScalarFormat(
         name="hack2-v1",
         k=Coding(2, axis="token"),
         v=Coding(2, axis="channel"),

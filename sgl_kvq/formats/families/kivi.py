@@ -6,12 +6,13 @@ sink tokens stay in 16 bits.
 
 from __future__ import annotations
 
-from sgl_kvq.formats.base import Coding, QuantFormat
+from sgl_kvq.formats.base import Coding
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 for _bits in (2, 4):
     register(
-        QuantFormat(
+        ScalarFormat(
             name=f"kivi{_bits}",
             k=Coding(_bits, axis="channel"),
             v=Coding(_bits, axis="token"),

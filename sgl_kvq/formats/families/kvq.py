@@ -11,6 +11,7 @@ from itertools import product
 
 from sgl_kvq.formats.base import EXTRA_BITS, CalibrationMethod, Coding, LayerBits, QuantFormat
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 
 def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> QuantFormat:
@@ -22,7 +23,7 @@ def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> Quant
         outlier_16ths: Sixteenths of the key channels with extra bits.
         v_bits: Bits of a value channel, 2 or 4.
     """
-    return QuantFormat(
+    return ScalarFormat(
         name=name,
         k=Coding(k_bits, axis="channel", mse_clipping=k_bits == 2, outlier_16ths=outlier_16ths),
         v=Coding(v_bits, axis="token", whole_head=True, mse_clipping=v_bits == 2),

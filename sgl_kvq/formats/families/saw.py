@@ -6,8 +6,9 @@ codes are made against the stored pair.
 
 from __future__ import annotations
 
-from sgl_kvq.formats.base import Coding, QuantFormat
+from sgl_kvq.formats.base import Coding
 from sgl_kvq.formats.registry import register
+from sgl_kvq.formats.scalar import ScalarFormat
 
 
 def _token_wise(rotated: bool) -> Coding:
@@ -15,7 +16,7 @@ def _token_wise(rotated: bool) -> Coding:
 
 
 register(
-    QuantFormat(
+    ScalarFormat(
         name="saw4",
         k=_token_wise(rotated=True),
         v=_token_wise(rotated=False),
@@ -24,7 +25,7 @@ register(
     )
 )
 register(
-    QuantFormat(
+    ScalarFormat(
         name="int4",
         k=_token_wise(rotated=False),
         v=_token_wise(rotated=False),

@@ -10,8 +10,8 @@ from typing import Any
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.names import CommonKVManager, KVPoll
+from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
-from sgl_kvq.host.server_args import quant_config
 from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.transfer.blocks import heads_of_rank

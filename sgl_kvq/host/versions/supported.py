@@ -18,6 +18,27 @@ def installed_version() -> str:
     return importlib.metadata.version("sglang")
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of SGLang and of what its kernels and ours depend on; "none" where one is missing."""
+    found = {}
+    for package in ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def describe_version() -> str:
+    """The installed SGLang and the supported ones.
+
+    Raises:
+        ConfigError: as `check_version`.
+    """
+    check_version()
+    return f"{installed_version()}, supported: {', '.join(SUPPORTED)}"
+
+
 def install_advice() -> str:
     """What to do about an SGLang that the hooks do not fit."""
     return f"install sglang=={SUPPORTED[-1]}"

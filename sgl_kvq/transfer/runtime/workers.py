@@ -7,7 +7,6 @@ threads would wait for the lock more often than they gain.
 
 from __future__ import annotations
 
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,11 +14,6 @@ from queue import SimpleQueue
 
 MIN_POOLED_BYTES = 512 * 2**10
 """A message with a block of at least this size goes to the pool."""
-
-
-def default_workers() -> int:
-    """Three on a machine with cores to spare: ZeroMQ's and the transfer thread need two."""
-    return max(0, min(3, len(os.sched_getaffinity(0)) - 2))
 
 
 class Job(ABC):

@@ -1,0 +1,51 @@
+"""The family of scalar formats: codes, and one (scale, min) per group of channels or tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import override
+
+from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE, Coding, FieldSpec, KOrV, QuantFormat
+from sgl_kvq.formats.dequantize import dequantize_pages
+from sgl_kvq.formats.page_layout import PageLayout
+from sgl_kvq.formats.quantize import quantize_pages
+
+
+@dataclass(frozen=True)
+class ScalarFormat(QuantFormat):
+    """A format whose values are code * scale + min; see `QuantFormat` for the arguments."""
+
+    @override
+    def fields(self, head_dim: int) -> list[FieldSpec]:
+        return [*_coding_fields("k", self.k, head_dim), *_coding_fields("v", self.v, head_dim)]
+
+    @override
+    def quantize(
+        self, k: torch.Tensor, v: torch.Tensor, num_sinks: torch.Tensor, layout: PageLayout
+    ) -> torch.Tensor:
+        return quantize_pages(k, v, num_sinks, layout)
+
+    @override
+    def dequantize(self, pages: torch.Tensor, layout: PageLayout, tensor: KOrV) -> torch.Tensor:
+        return dequantize_pages(pages, layout, tensor)
+
+
+def _coding_fields(tensor: KOrV, coding: Coding, head_dim: int) -> list[FieldSpec]:
+    """Fields of K or V. Minima lie right behind the scales, so that one read takes both."""
+    if coding.is_raw:
+        return [FieldSpec(f"{tensor}_codes", (PAGE_SIZE, head_dim), "row")]
+    width = head_dim // coding.num_planes
+    codes = (PAGE_SIZE, width) if tensor == "k" else (width, PAGE_SIZE)
+    groups = coding.num_groups(head_dim)
+    meta = (groups,) if coding.axis == "channel" else (groups, PAGE_SIZE)
+    fields = [
+        FieldSpec(f"{tensor}_codes", codes, "uint8"),
+        FieldSpec(f"{tensor}_scales", meta, "bfloat16"),
+        FieldSpec(f"{tensor}_mins", meta, "bfloat16"),
+    ]
+    if outliers := coding.num_outliers(head_dim):
+        extra = (PAGE_SIZE, outliers * EXTRA_BITS // 8)
+        fields.append(FieldSpec(f"{tensor}_extra", extra, "uint8"))
+    return fields
