@@ -19,7 +19,7 @@ def installed_version() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of SGLang and of what its kernels and ours depend on; "none" where one is missing."""
+    """Versions of SGLang and of what kernels depend on; "none" where one is missing."""
     found = {}
     for package in ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python"):
         try:
