@@ -40,8 +40,8 @@ def load_only(cache: PagedCache, table: PageTable, layout: PageLayout, ws: Decod
     Args:
         cache: The pages.
         table: Which of them.
-        layout: Of the pages.
-        ws: Of the decode call; its launch configuration is used.
+        layout: Layout of the pages.
+        ws: Workspace of the decode call; its launch configuration is used.
     """
     _load_only_kernel[(ws.num_programs,)](
         cache.pages, table.kv_indices, len(table.kv_indices), STAGES=ws.num_stages,

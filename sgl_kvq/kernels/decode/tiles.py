@@ -52,7 +52,7 @@ def mask_field(words, num_bits: tl.constexpr, plane: tl.constexpr):
 
 @jit
 def upper_bytes(words):
-    """Shift the upper byte of each int16 word down; what was above it is left to be masked."""
+    """Shift the upper byte of each int16 word down; upper bits are garbage and masked later."""
     if INTERPRET:
         return (words >> 8).to(gl.int16)
     else:
@@ -65,7 +65,7 @@ def upper_bytes(words):
 def shift_down(words, bits):
     """Shift int16 words right by an int32 number of bits, the same for both words of a register.
 
-    The upper bits of the lower word, as many as the shift, are left to be masked.
+    The upper bits of the lower word, as many as the shift, are garbage and masked later.
     """
     words, bits = gl.broadcast(words, bits)
     if INTERPRET:
