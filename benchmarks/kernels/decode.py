@@ -5,14 +5,18 @@ Usage: python -m benchmarks.kernels.decode [--formats ...] [--shapes BxL ...] [-
 Every system of a shape runs in turn, as a CUDA graph over several copies of its input, so that no
 call finds its data in the L2 cache. FlashInfer runs with tensor cores, at the better of page sizes
 16 and 64. A row also says what bounds it: the same loads without arithmetic (`us_load`), and the
-same arithmetic on a few pages that stay in the L2 cache (`us_compute`).
+same arithmetic on a few pages that stay in the L2 cache (`us_compute`). With `--against DIR` the
+kernels of another checkout run in turn with ours (`us_against`, `x_against`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -134,9 +138,32 @@ def better_page_size(shape: tuple[int, ...], fp8: bool) -> int:
     return min(times, key=lambda page: times[page])
 
 
+def other_checkout(folder: Path) -> ModuleType:
+    """Import this benchmark and its `sgl_kvq` from another checkout, beside those of this one."""
+
+    def modules() -> dict[str, ModuleType]:
+        roots = ("benchmarks", "sgl_kvq")
+        return {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in roots}
+
+    ours = modules()
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        found = importlib.import_module("benchmarks.kernels.decode")
+    finally:
+        sys.path.pop(0)
+        for name in modules():
+            del sys.modules[name]
+        sys.modules.update(ours)
+    if not Path(found.__file__ or "").is_relative_to(folder.resolve()):
+        raise ValueError(f"--against: expected a checkout, got {folder} without this benchmark")
+    return found
+
+
 def measure(
     formats: list[str], batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int,
-    copy_rate: float, baselines: bool,
+    copy_rate: float, baselines: bool, against: ModuleType | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one shape."""
     shape = (batch, length, num_kv_heads, gqa, head_dim)
@@ -144,6 +171,9 @@ def measure(
     rows = []
     for name in formats:
         calls, read_bytes, copies = ours(name, *shape)
+        if against:
+            others, _, own = against.ours(name, *shape)
+            calls["against"] = _modulo(others["ours"], own)
         for fp8, page in pages.items():
             call, own = flashinfer_call(*shape, page=page, fp8=fp8)
             calls["fp8" if fp8 else "bf16"] = _modulo(call, own)
@@ -160,6 +190,9 @@ def measure(
             row[f"us_{system}"] = round(times[system].p50, 2) if baselines else ""
         for system in ("bf16", "fp8"):
             row[f"x_{system}"] = round(times[system].p50 / us, 2) if baselines else ""
+        if against:
+            row["us_against"] = round(times["against"].p50, 2)
+            row["x_against"] = round(times["against"].p50 / us, 3)
         gbps = read_bytes / us / 1e3
         row |= {
             "gbps": round(gbps), "share_of_copy": round(gbps / copy_rate, 3),
@@ -182,8 +215,10 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="BATCHxLENGTH")
     parser.add_argument("--no-baselines", action="store_true", help="skip FlashInfer")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100/decode.csv"))
     args = parser.parse_args()
+    against = other_checkout(args.against) if args.against else None
     torch.manual_seed(0)
     rate = copy_gbps()
     print(f"copy: {rate:.0f} GB/s")
@@ -194,7 +229,9 @@ def main() -> None:
     rows = []
     for case in cases:
         formats = args.formats if case[2:] == (8, 4, 128) else [*args.formats[:1], "hack4"]
-        rows += measure(formats, *case, copy_rate=rate, baselines=not args.no_baselines)
+        rows += measure(
+            formats, *case, copy_rate=rate, baselines=not args.no_baselines, against=against
+        )
         write_results(args.out, [{**row, "copy_gbps": round(rate)} for row in rows])
 
 

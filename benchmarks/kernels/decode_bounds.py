@@ -10,8 +10,8 @@ import triton.language as tl
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.common.gluon import async_copy, gl, jit
 from sgl_kvq.kernels.common.page_spec import page_spec
-from sgl_kvq.kernels.common.tiles import allocate_page, start_page
 from sgl_kvq.kernels.decode.api import DecodeWorkspace
+from sgl_kvq.kernels.decode.page_buffers import allocate_page, start_page
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
 
@@ -40,8 +40,8 @@ def load_only(cache: PagedCache, table: PageTable, layout: PageLayout, ws: Decod
     Args:
         cache: The pages.
         table: Which of them.
-        layout: Of the pages.
-        ws: Of the decode call; its launch configuration is used.
+        layout: Layout of the pages.
+        ws: Workspace of the decode call; its launch configuration is used.
     """
     _load_only_kernel[(ws.num_programs,)](
         cache.pages, table.kv_indices, len(table.kv_indices), STAGES=ws.num_stages,

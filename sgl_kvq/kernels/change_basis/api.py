@@ -1,4 +1,7 @@
-"""Change of basis on a GPU: the operations that callers use. `kernels/basis.py` specifies them."""
+"""Change of basis on a GPU: the operations that callers use.
+
+`change_basis` of `formats/calibration.py` is the specification.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def change_qkv(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do the same to q, k and v in one launch.
+    """Change the basis of q, k and v in one launch.
 
     Args:
         qkv: As `x` of `change_basis`.

@@ -43,7 +43,7 @@ def _change_basis_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tensor of heads."""
+    """out = x M of each KV head, for one tensor of heads."""
     _multiply(
         x_ptr, stride_t, stride_h, matrix_ptr, out_ptr, tl.program_id(0), tl.program_id(1), tokens,
         GROUP, KV_HEADS, HEAD_DIM, BLOCK_R, BLOCK_K, BLOCK_N,
@@ -58,7 +58,7 @@ def _change_qkv_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v in one launch: `q_blocks` programs for q, then `kv_blocks` each for k and v."""
+    """out = x M for q, k and v: `q_blocks` programs for q, then `kv_blocks` each for k and v."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     if block < q_blocks:

@@ -1,1 +1,1 @@
-"""What several GPU kernels share: page specifications, register layouts, tile helpers."""
+"""Page specifications, layouts, rotation and the Gluon dialect, shared by GPU kernels."""

@@ -1,4 +1,4 @@
-"""Register layouts of the decode kernel: how the lanes of one warp hold a page.
+"""Numbers of a page that kernels need, and how the lanes of one warp hold a page.
 
 The tensor core wants A operands (m16n8k16, 16 bits) with lane 4*g + t holding rows g and g + 8,
 columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16 x 16 tile. A matrix product does not care in which
@@ -47,7 +47,7 @@ def num_planes(coding: CodingSpec) -> int:
 
 @constexpr_function
 def num_groups(spec: PageSpec, coding: CodingSpec) -> int:
-    """Scales of one token, 1 on the channel axis."""
+    """Scales of one token; 1 on the channel axis."""
     return spec.head_dim // coding.group_channels
 
 
@@ -59,7 +59,7 @@ def padded_dim(spec: PageSpec) -> int:
 
 @constexpr_function
 def plane_width(spec: PageSpec, coding: CodingSpec) -> int:
-    """Channels of one plane; in bytes, what a token's codes take: K's row length, V's row count."""
+    """Channels of one plane, which is also the bytes that a token's codes take."""
     return spec.head_dim // num_planes(coding)
 
 
@@ -99,7 +99,7 @@ def is_inside(spec: PageSpec, coding: CodingSpec, plane: int, group: int) -> boo
 
 @constexpr_function
 def plane_scale(coding: CodingSpec, plane: int) -> float:
-    """What a field left at its bit position must be multiplied with to be the size of its code."""
+    """Factor from a field that is left at its bit position to its code."""
     return float(2.0 ** (-coding.num_bits * plane))
 
 
@@ -111,13 +111,13 @@ def num_outliers(coding: CodingSpec) -> int:
 
 @constexpr_function
 def num_cuts(coding: CodingSpec) -> int:
-    """Ranges that an MSE-clipped coding tries besides the one from minimum to maximum."""
+    """Clipping ratios that the MSE range search tries besides 1."""
     return len(coding.cuts)
 
 
 @constexpr_function
 def cut_share(coding: CodingSpec, index: int) -> float:
-    """Share of the range that one of them cuts off each end."""
+    """Share of the range that a clipping ratio cuts off each end."""
     return coding.cuts[index]
 
 
@@ -135,13 +135,13 @@ def extra_width(coding: CodingSpec) -> int:
 
 @constexpr_function
 def num_extra_steps(coding: CodingSpec) -> int:
-    """Products an extra-bit tile takes. Narrow rows stand in it more than once, by plane."""
+    """Products for an extra-bit tile. It holds narrow rows several times, each for other planes."""
     return (8 // _EXTRA_BITS) * extra_width(coding) // 16
 
 
 @constexpr_function
 def extra_scale(step: int) -> float:
-    """What a extra bits' field left at its position must be multiplied with, in codes."""
+    """Factor from a field of extra bits that is left at its position to units of a code."""
     return float(2.0 ** (-_EXTRA_BITS * (step + 1)))
 
 

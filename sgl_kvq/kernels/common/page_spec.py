@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: the numbers of a page layout, as one compile-time constant."""
+"""The numbers of a page layout as one compile-time constant of kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class CodingSpec:
         group_channels: Channels that share a scale (token axis); head_dim on the channel axis.
         half_up: Ties round up instead of to even.
         rotation: Order of the Hadamard blocks, 1 without rotation.
-        cuts: What each clipping ratio of the MSE range search cuts off either end, as shares of the
-            range; empty without the search.
+        cuts: Share of the range that each clipping ratio of the MSE range search cuts off either
+            end; empty without the search.
         extra_bytes: Bytes of a token's extra bits of outlier channels, 0 without.
         codes, scales, mins, extra: Offsets; 0 where the field does not exist.
     """

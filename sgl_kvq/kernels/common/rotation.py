@@ -1,4 +1,4 @@
-"""Hadamard rotation in Triton, bit for bit that of `kernels/hadamard.py`."""
+"""Hadamard rotation in Triton, bit for bit that of `formats/hadamard.py`."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ MAX_REGISTERS = 248  # two warps a scheduler
 
 
 class DecodeWorkspace:
-    """Partial results of one decode call, reused by every layer (calls on one stream only).
+    """Memory for the partial results of a decode call, reused by every layer (one stream only).
 
     Args:
         max_batch: Largest batch.
         num_qo_heads: Query heads.
-        layout: Of the pages.
+        layout: Layout of the pages.
         device: A GPU, or "cpu" under Triton's interpreter.
-        num_programs: Pieces the work is cut into; None: what fills the device.
+        num_programs: Pieces that the work is cut into; None for as many as fill the device.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ def decode(
         q: [batch, num_qo_heads, head_dim] of `layout.row_dtype`, after RoPE, last dim contiguous.
         cache: The layer's storage. The newest row is already in its open slot, unless it is fresh.
         table: Pages of each request, at least one.
-        layout: Of the pages.
+        layout: Layout of the pages.
         sm_scale: Factor on the scores.
         workspace: For at least this batch.
         out: Like q, contiguous, written; None: a new one.

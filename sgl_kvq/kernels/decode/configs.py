@@ -10,7 +10,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.common.page_spec import PageSpec
 
 ROWS_PER_UNIT = 16  # of the open page
-_SWITCH_UNITS = 8  # what starting on another head costs, in units
+_SWITCH_UNITS = 8  # cost of starting on another head, in units
 _RESERVED_BYTES = 1024  # shared memory the driver keeps for each block
 
 
@@ -20,7 +20,7 @@ class DecodeConfig:
 
     Args:
         num_programs: One-warp programs; all of them run at once.
-        num_stages: Pages in shared memory, the one worked on and those on their way.
+        num_stages: Pages in shared memory: the one worked on and those being copied.
         use_pdl: Launch the merge early (programmatic dependent launch, compute capability 9).
     """
 

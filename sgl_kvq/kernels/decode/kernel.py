@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import gl, jit
-from sgl_kvq.kernels.common.tiles import allocate_page
 from sgl_kvq.kernels.decode.operands import code_operands, row_queries
+from sgl_kvq.kernels.decode.page_buffers import allocate_page
 from sgl_kvq.kernels.decode.pages import attend_pages, start_pages
 from sgl_kvq.kernels.decode.rows import (
     attend_raw_pages,

@@ -10,11 +10,8 @@ from sgl_kvq.kernels.common.gluon import gl, jit
 from sgl_kvq.kernels.common.layouts import (
     b_layout,
     code_query_layout,
-    extra_scale,
     key_words,
     mma_layout,
-    num_extra_steps,
-    num_extra_tiles,
     num_groups,
     num_planes,
     padded_dim,
@@ -22,11 +19,11 @@ from sgl_kvq.kernels.common.layouts import (
     plane_width,
     query_layout,
 )
-from sgl_kvq.kernels.common.tiles import (
+from sgl_kvq.kernels.decode.extra_bits import extra_queries
+from sgl_kvq.kernels.decode.tiles import (
     CODE_UNIT,
     channel_of,
     columns_in_order,
-    extra_place,
     key_part,
     split_key_channels,
 )
@@ -92,30 +89,15 @@ def _code_queries(
         if not SPEC.k.per_channel:
             own = gl.where((channels // SPEC.k.group_channels == group)[None, :], q, 0.0)
         parts = split_key_channels(own, HEADS, SPEC)
+        halves = ()
         for half in tl.static_range(2):
+            planes = ()
             for plane in tl.static_range(num_planes(SPEC.k)):
                 part = key_part(parts, half, plane, SPEC) * plane_scale(SPEC.k, plane)
                 part = gl.convert_layout(part.to(gl.float16), b_layout(), assert_trivial=True)
-                operands = operands + (part,)
-    return operands
-
-
-@jit
-def _extra_queries(
-    q_ptr, stride_h, inverse_norm, HEADS: tl.constexpr, GQA: tl.constexpr, SPEC: tl.constexpr
-):
-    """Operands for the extra bits of outlier channels, by tile and step."""
-    heads = gl.arange(0, HEADS, gl.SliceLayout(0, b_layout()))
-    k = gl.arange(0, 16, gl.SliceLayout(1, b_layout()))
-    operands = ()
-    for part in tl.static_range(num_extra_tiles(SPEC.k)):
-        for step in tl.static_range(num_extra_steps(SPEC.k)):
-            channel, valid = extra_place(2 * (k % 8) + k // 8, part, step, SPEC)
-            ptrs = q_ptr + heads[None, :] * stride_h + channel[:, None]
-            mask = valid[:, None] & (heads < GQA)[None, :]
-            q = gl.load(ptrs, mask=mask, other=0.0).to(gl.float32)
-            q = q * (inverse_norm[None, :] * extra_scale(step))
-            operands = operands + (q.to(gl.float16),)
+                planes = planes + (part,)
+            halves = halves + (planes,)
+        operands = operands + (halves,)
     return operands
 
 
@@ -149,7 +131,7 @@ def code_operands(
     norm = _power_of_2_above(gl.max(gl.abs(q.to(gl.float32)), axis=0))
     ptr, stride = queries.codes_ptr, queries.codes_stride
     codes = _code_queries(ptr, stride, 1.0 / norm, HEADS, GQA, SPEC)
-    extra = _extra_queries(ptr, stride, 1.0 / norm, HEADS, GQA, SPEC)
+    extra = extra_queries(ptr, stride, 1.0 / norm, HEADS, GQA, SPEC)
     mins = _min_queries(q, sm_scale_log2, SPEC)
     columns = gl.convert_layout(norm, gl.SliceLayout(0, mma_layout()))
     return CodeQueries(codes, extra, mins, columns * (CODE_UNIT * sm_scale_log2))

@@ -8,18 +8,14 @@ import triton.language as tl
 
 from sgl_kvq.kernels.common.gluon import async_copy, barrier, gl, jit, mma_v2
 from sgl_kvq.kernels.common.layouts import (
-    EXTRA_BITS,
     PAGE,
     a_layout,
     b_layout,
     channel_meta_layout,
     channel_vector_layout,
-    extra_meta_layout,
     is_inside,
     key_code_layout,
     mma_layout,
-    num_extra_steps,
-    num_extra_tiles,
     num_groups,
     num_planes,
     overlaps,
@@ -29,19 +25,18 @@ from sgl_kvq.kernels.common.layouts import (
     value_code_layout,
     value_rows,
 )
-from sgl_kvq.kernels.common.tiles import (
+from sgl_kvq.kernels.decode.extra_bits import add_extra, fetch_extra
+from sgl_kvq.kernels.decode.page_buffers import start_page
+from sgl_kvq.kernels.decode.softmax import HEADROOM, SoftmaxState, rescale
+from sgl_kvq.kernels.decode.tiles import (
     CODE_UNIT,
     add_to_blocks,
     channel_operand,
-    extra_place,
-    extra_scale_operand,
-    extra_tile,
     first_block,
     key_operand,
     key_scale,
     mask_field,
     split_key_channels,
-    start_page,
     sum_in_lane,
     token_meta,
     token_of_row,
@@ -50,7 +45,6 @@ from sgl_kvq.kernels.common.tiles import (
     value_operand,
     widen,
 )
-from sgl_kvq.kernels.decode.softmax import HEADROOM, SoftmaxState, rescale
 
 
 class PageCursor(NamedTuple):
@@ -63,7 +57,7 @@ class PageCursor(NamedTuple):
         coming: Number of the next page to copy.
         stage: Buffer that holds the page.
         free: Buffer for the next page to copy.
-        extra: Extra bits of the page's outlier channels, see `_fetch_extra`.
+        extra: Extra bits of the page's outlier channels, see `fetch_extra`.
     """
 
     number: Any
@@ -81,41 +75,6 @@ def _page_number(segment, index):
 
 
 @jit
-def _fetch_extra(head_ptr, SPEC: tl.constexpr):
-    """Load the extra bits of outlier key channels and their scales into registers.
-
-    They lie at odd places of the page, so they come a page ahead in registers, not by the copies.
-
-    Returns:
-        For each tile the bits as left operand, then the scales [16] of each step; empty without
-        outlier channels. Padding has the scales or minima of other channels: they are finite, and
-        multiplied by zero queries.
-    """
-    meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16)) + SPEC.k.scales // 2
-    byte = gl.arange(0, 16, extra_meta_layout())
-    fetched = ()
-    for part in tl.static_range(num_extra_tiles(SPEC.k)):
-        fetched = fetched + (extra_tile(head_ptr + SPEC.k.extra, part, SPEC),)
-        for step in tl.static_range(num_extra_steps(SPEC.k)):
-            channel, _exists = extra_place(byte, part, step, SPEC)
-            fetched = fetched + (gl.load(meta_ptr + channel),)
-    return fetched
-
-
-@jit
-def _add_extra(s, extra, q_extra, SPEC: tl.constexpr):
-    """Add the products with the extra bits of outlier channels to s."""
-    STEPS: tl.constexpr = num_extra_steps(SPEC.k)
-    for part in tl.static_range(num_extra_tiles(SPEC.k)):
-        bits = extra[part * (1 + STEPS)]
-        for step in tl.static_range(STEPS):
-            scales = extra_scale_operand(extra[part * (1 + STEPS) + 1 + step].to(gl.float16))
-            q = q_extra[part * STEPS + step] * scales
-            s = mma_v2(mask_field(bits, EXTRA_BITS, step), q, s)
-    return s
-
-
-@jit
 def _score_channel_page(
     buffers, stage, extra, queries, sm_scale_log2, HEADS: tl.constexpr, SPEC: tl.constexpr
 ):
@@ -128,12 +87,11 @@ def _score_channel_page(
     s = gl.zeros([PAGE, HEADS], gl.float32, mma_layout())
     for half in tl.static_range(2):
         for plane in tl.static_range(num_planes(SPEC.k)):
-            q = queries.codes[half * num_planes(SPEC.k) + plane]
-            q = q * key_scale(scales, half, plane, SPEC)
+            q = queries.codes[0][half][plane] * key_scale(scales, half, plane, SPEC)
             field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
             s = mma_v2(field, q, s)
     if SPEC.k.extra_bytes > 0:
-        s = _add_extra(s, extra, queries.extra, SPEC)
+        s = add_extra(s, extra, queries.extra, SPEC)
     offset = gl.zeros([16, HEADS], gl.float32, mma_layout())
     mins = buffers.k_mins.index(stage).load(channel_vector_layout(padded_dim(SPEC)))
     rows = channel_operand(mins, SPEC)
@@ -155,7 +113,7 @@ def _score_token_page(buffers, stage, queries, HEADS: tl.constexpr, SPEC: tl.con
         for half in tl.static_range(2):
             for plane in tl.static_range(num_planes(SPEC.k)):
                 if overlaps(SPEC, SPEC.k, plane, group):
-                    q = queries.codes[(group * 2 + half) * num_planes(SPEC.k) + plane]
+                    q = queries.codes[group][half][plane]
                     field = mask_field(upper if half else lower, SPEC.k.num_bits, plane)
                     s = mma_v2(field, q, s)
         scale = token_meta(meta, group)
@@ -292,7 +250,7 @@ def _advance(cursor, index, segment, pages_ptr, buffers, STAGES: tl.constexpr, S
     extra = cursor.extra
     if SPEC.v.per_channel or SPEC.k.extra_bytes > 0:
         number = _page_number(segment, index + 1)
-        extra = _fetch_extra(pages_ptr + number * SPEC.page_bytes, SPEC)
+        extra = fetch_extra(pages_ptr + number * SPEC.page_bytes, SPEC)
     stage = cursor.stage + 1 if cursor.stage + 1 < STAGES else 0
     return PageCursor(number, coming, stage, cursor.stage, extra)
 
@@ -304,7 +262,7 @@ def attend_pages(
 ):  # fmt: skip
     """Add the segment's closed pages, from the cursor that `start_pages` returned."""
     pages_ptr = storage.pages_ptr + segment.head * SPEC.head_bytes
-    extra = _fetch_extra(pages_ptr + cursor.number * SPEC.page_bytes, SPEC)
+    extra = fetch_extra(pages_ptr + cursor.number * SPEC.page_bytes, SPEC)
     cursor = PageCursor(cursor.number, cursor.coming, cursor.stage, cursor.free, extra)
     for index in range(segment.first, gl.minimum(segment.end, segment.num_closed)):
         async_copy.wait_group(STAGES - 2)

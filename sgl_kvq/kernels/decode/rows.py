@@ -18,9 +18,9 @@ from sgl_kvq.kernels.common.layouts import (
     value_row_layout,
     value_rows,
 )
-from sgl_kvq.kernels.common.tiles import columns_in_order, sum_in_lane, transpose_blocks
 from sgl_kvq.kernels.decode.configs import ROWS_PER_UNIT
 from sgl_kvq.kernels.decode.softmax import HEADROOM, SoftmaxState, rescale, value_unit
+from sgl_kvq.kernels.decode.tiles import columns_in_order, sum_in_lane, transpose_blocks
 
 CHUNK: tl.constexpr = tl.constexpr(ROWS_PER_UNIT)
 

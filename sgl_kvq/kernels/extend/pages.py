@@ -276,7 +276,7 @@ def page_rows(
 ):
     """K or V of one head of a page, [64 tokens, positions] of DTYPE in the unrotated basis.
 
-    See `tile_channels` for positions.
+    `tile_channels` maps positions to channels.
     """
     if CODING.is_raw:
         channel, valid = tile_channels(CODING, SPEC)

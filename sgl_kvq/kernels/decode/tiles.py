@@ -1,4 +1,4 @@
-"""Tiles of a page in the registers of one warp: loads, unpacking, transposition.
+"""Tiles of a page in the registers of one warp: unpacking, transposition, sums.
 
 Codes are never converted. A 2- or 4-bit field that is masked out of a 16-bit word, left where it
 is, *is* a float16 number: a subnormal of value code * 2^(bits * plane) * 2^-24, which the tensor
@@ -8,56 +8,24 @@ factor (keys) or in the result (values).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton.language as tl
 
-from sgl_kvq.kernels.common.gluon import INTERPRET, async_copy, constexpr_function, gl, jit
+from sgl_kvq.kernels.common.gluon import INTERPRET, constexpr_function, gl, jit
 from sgl_kvq.kernels.common.layouts import (
-    EXTRA_BITS,
-    EXTRA_PLANES,
     PAGE,
     a_layout,
     b_layout,
     block_layout,
-    copy_layout,
-    extra_layout,
-    extra_width,
     key_words,
     lane_sum_layout,
-    meta_rows,
     mma_layout,
-    num_extra_steps,
-    num_groups,
     num_planes,
     padded_dim,
-    plane_width,
-    shared_layout,
     token_meta_layout,
     value_rows,
 )
 
 CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)  # 1 / the smallest float16 subnormal
-
-
-class PageBuffers(NamedTuple):
-    """Shared memory for some pages of one head; the first dimension of each counts pages.
-
-    Args:
-        k_codes: int16 [stages, PAGE, key_words].
-        k_scales: bfloat16 [stages, planes, 2 * key_words] with a scale a channel, otherwise
-            [stages, meta_rows, PAGE], minima behind the scales.
-        k_mins: bfloat16 [stages, 1, padded_dim] with a minimum a channel, otherwise `k_scales`.
-        v_codes: int16 [stages, value_rows, 32].
-        v_meta: bfloat16 [stages, meta_rows, PAGE], scales and minima of tokens; not to be read
-            with a scale a channel.
-    """
-
-    k_codes: Any
-    k_scales: Any
-    k_mins: Any
-    v_codes: Any
-    v_meta: Any
 
 
 @constexpr_function
@@ -84,7 +52,7 @@ def mask_field(words, num_bits: tl.constexpr, plane: tl.constexpr):
 
 @jit
 def upper_bytes(words):
-    """Shift the upper byte of each int16 word down; what was above it is left to be masked."""
+    """Shift the upper byte of each int16 word down; upper bits are garbage and masked later."""
     if INTERPRET:
         return (words >> 8).to(gl.int16)
     else:
@@ -97,7 +65,7 @@ def upper_bytes(words):
 def shift_down(words, bits):
     """Shift int16 words right by an int32 number of bits, the same for both words of a register.
 
-    The upper bits of the lower word, as many as the shift, are left to be masked.
+    The upper bits of the lower word, as many as the shift, are garbage and masked later.
     """
     words, bits = gl.broadcast(words, bits)
     if INTERPRET:
@@ -157,95 +125,6 @@ def split_last(x, NUM_BITS: tl.constexpr):
 
 
 @jit
-def allocate_page(STAGES: tl.constexpr, SPEC: tl.constexpr):
-    """Allocate `PageBuffers` for STAGES pages."""
-    LAYOUT: tl.constexpr = shared_layout()
-    k_codes = gl.allocate_shared_memory(gl.int16, [STAGES, PAGE, key_words(SPEC)], LAYOUT)
-    if SPEC.k.per_channel:
-        WIDTH: tl.constexpr = 2 * key_words(SPEC)
-        k_scales = gl.allocate_shared_memory(
-            gl.bfloat16, [STAGES, num_planes(SPEC.k), WIDTH], LAYOUT
-        )
-        k_mins = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, padded_dim(SPEC)], LAYOUT)
-    else:
-        k_scales = gl.allocate_shared_memory(
-            gl.bfloat16, [STAGES, meta_rows(SPEC, SPEC.k), PAGE], LAYOUT
-        )
-        k_mins = k_scales
-    v_codes = gl.allocate_shared_memory(gl.int16, [STAGES, value_rows(SPEC), 32], LAYOUT)
-    v_meta = v_codes
-    if not SPEC.v.per_channel:
-        v_meta = gl.allocate_shared_memory(
-            gl.bfloat16, [STAGES, meta_rows(SPEC, SPEC.v), PAGE], LAYOUT
-        )
-    return PageBuffers(k_codes, k_scales, k_mins, v_codes, v_meta)
-
-
-@jit
-def _copy_tile(
-    buffer, base_ptr, wanted, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
-    ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
-):  # fmt: skip
-    """Start copying [ROWS, COLS] elements, WIDTH apart, into a buffer of [ALL_ROWS, ALL_COLS]."""
-    if ROWS == ALL_ROWS and COLS == ALL_COLS and WIDTH == COLS:
-        # One piece: every such copy has the same offsets in a lane, which saves address arithmetic.
-        FLAT: tl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-        ptrs = base_ptr + gl.arange(0, ROWS * COLS, FLAT)
-        buffer = buffer.reshape([ROWS * COLS])
-        async_copy.async_copy_global_to_shared(buffer, ptrs, mask=wanted)
-    else:
-        LAYOUT: tl.constexpr = copy_layout(ALL_COLS)
-        rows = gl.arange(0, ALL_ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
-        cols = gl.arange(0, ALL_COLS, gl.SliceLayout(0, LAYOUT))[None, :]
-        mask = (rows < ROWS) & (cols < COLS) & wanted
-        async_copy.async_copy_global_to_shared(buffer, base_ptr + rows * WIDTH + cols, mask=mask)
-
-
-@jit
-def start_page(buffers, stage, head_ptr, wanted, SPEC: tl.constexpr):
-    """Start copying one head's slice of a page into a stage of the buffers, if it is wanted.
-
-    The copies are one group of `async_copy`, also when nothing is wanted.
-    """
-    words_ptr = head_ptr.to(gl.pointer_type(gl.int16))
-    meta_ptr = head_ptr.to(gl.pointer_type(gl.bfloat16))
-    WORDS: tl.constexpr = plane_width(SPEC, SPEC.k) // 2
-    _copy_tile(
-        buffers.k_codes.index(stage), words_ptr + SPEC.k.codes // 2, wanted,
-        PAGE, WORDS, WORDS, PAGE, key_words(SPEC),
-    )  # fmt: skip
-    if SPEC.k.per_channel:
-        PLANES: tl.constexpr = num_planes(SPEC.k)
-        WIDTH: tl.constexpr = plane_width(SPEC, SPEC.k)
-        _copy_tile(
-            buffers.k_scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
-            PLANES, WIDTH, WIDTH, PLANES, 2 * key_words(SPEC),
-        )  # fmt: skip
-        _copy_tile(
-            buffers.k_mins.index(stage), meta_ptr + SPEC.k.mins // 2, wanted,
-            1, SPEC.head_dim, SPEC.head_dim, 1, padded_dim(SPEC),
-        )  # fmt: skip
-    else:
-        GROUPS: tl.constexpr = num_groups(SPEC, SPEC.k)
-        _copy_tile(
-            buffers.k_scales.index(stage), meta_ptr + SPEC.k.scales // 2, wanted,
-            2 * GROUPS, PAGE, PAGE, meta_rows(SPEC, SPEC.k), PAGE,
-        )  # fmt: skip
-    ROWS: tl.constexpr = plane_width(SPEC, SPEC.v)
-    _copy_tile(
-        buffers.v_codes.index(stage), words_ptr + SPEC.v.codes // 2, wanted,
-        ROWS, 32, 32, value_rows(SPEC), 32,
-    )  # fmt: skip
-    if not SPEC.v.per_channel:
-        GROUPS_V: tl.constexpr = num_groups(SPEC, SPEC.v)
-        _copy_tile(
-            buffers.v_meta.index(stage), meta_ptr + SPEC.v.scales // 2, wanted,
-            2 * GROUPS_V, PAGE, PAGE, meta_rows(SPEC, SPEC.v), PAGE,
-        )  # fmt: skip
-    async_copy.commit_group()
-
-
-@jit
 def token_meta(meta, index: tl.constexpr):
     """One bfloat16 vector [64] of a staged page, by MMA row [64, 1] in float32."""
     x = meta.slice(index, 1, 0).load(token_meta_layout())
@@ -290,49 +169,6 @@ def key_operand(codes, SPEC: tl.constexpr):
     else:
         codes = columns_in_order(gl.reshape(codes, [64, WORDS]), 64, WORDS)
     return gl.convert_layout(codes, a_layout(), assert_trivial=True)
-
-
-@jit
-def extra_tile(extra_ptr, part: tl.constexpr, SPEC: tl.constexpr):
-    """extra bits of a token's outlier channels, as left operand [64 MMA rows, 16].
-
-    Column k holds byte 2 * (k % 8) + k // 8 in its lower half, shifted until the plane of the first
-    step is lowest (see `extra_place`); what is above the planes of all steps is to be masked.
-    Columns without a channel hold bytes of what follows; they meet queries of zero.
-    """
-    EXTRA: tl.constexpr = SPEC.k.extra_bytes
-    tokens = gl.arange(0, PAGE, gl.SliceLayout(1, extra_layout()))
-    word = gl.arange(0, 8, gl.SliceLayout(0, extra_layout()))
-    WORDS: tl.constexpr = extra_width(SPEC.k) // 2
-    shift = word // WORDS * (EXTRA_BITS * num_extra_steps(SPEC.k))
-    word = part * 8 + word % WORDS
-    if EXTRA % 2 == 0:
-        words_ptr = extra_ptr.to(gl.pointer_type(gl.int16))
-        ptrs = words_ptr + tokens[:, None] * (EXTRA // 2) + word[None, :]
-        even = gl.load(ptrs)
-        if num_extra_steps(SPEC.k) < EXTRA_PLANES:
-            even = shift_down(even, shift[None, :])
-        odd = upper_bytes(even)
-    else:
-        ptrs = extra_ptr + tokens[:, None] * EXTRA + 2 * word[None, :]
-        even = gl.load(ptrs).to(gl.int16)
-        odd = gl.load(ptrs + 1).to(gl.int16)
-        even = even >> shift[None, :].to(gl.int16)
-        odd = odd >> shift[None, :].to(gl.int16)
-    x = gl.permute(gl.reshape(gl.join(even, odd), [4, 2, 2, 2, 2, 8, 2]), [1, 2, 4, 0, 3, 6, 5])
-    return gl.convert_layout(gl.reshape(x, [64, 16]), a_layout(), assert_trivial=True)
-
-
-@jit
-def extra_place(byte, part: tl.constexpr, step: tl.constexpr, SPEC: tl.constexpr):
-    """Channel of the extra bits that a step takes from byte 0 to 15 of a tile; whether it exists.
-
-    A tile holds `16 // extra_width` copies of a token's bytes, each for planes of its own.
-    """
-    WIDTH: tl.constexpr = extra_width(SPEC.k)
-    plane = byte // WIDTH * num_extra_steps(SPEC.k) + step
-    at = part * 16 + byte % WIDTH
-    return plane * SPEC.k.extra_bytes + at, at < SPEC.k.extra_bytes
 
 
 @jit
@@ -389,13 +225,6 @@ def key_scale(parts, half: tl.constexpr, plane: tl.constexpr, SPEC: tl.constexpr
     """float16 [words, 1]: scales of one byte half and plane, in the right operand's layout."""
     part = gl.reshape(key_part(parts, half, plane, SPEC), [key_words(SPEC)])
     return gl.convert_layout(part, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
-
-
-@jit
-def extra_scale_operand(vector):
-    """[16] by extra-bit byte as rows of the right operand that meets `extra_tile`: [16, 1]."""
-    vector = gl.reshape(gl.permute(gl.reshape(vector, [4, 2, 2]), [2, 0, 1]), [16])
-    return gl.convert_layout(vector, gl.SliceLayout(1, b_layout()), assert_trivial=True)[:, None]
 
 
 @jit
