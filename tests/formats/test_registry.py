@@ -110,6 +110,21 @@ def test_a_name_belongs_to_one_format() -> None:
         get_format("kvq3")
 
 
+@pytest.mark.parametrize(
+    ("k", "v", "message"),
+    [
+        (Coding(4), Coding(4, rotated=True), "v: expected values neither rotated"),
+        (Coding(4), Coding(4, "channel", outlier_16ths=1), "nor with outlier channels"),
+        (Coding(16), Coding(4), "expected 16 bits in both or in neither, got 16 and 4"),
+        (Coding(2), Coding(16), "expected 16 bits in both or in neither, got 2 and 16"),
+    ],
+    ids=str,
+)
+def test_codings_that_no_kernel_reads_are_refused(k: Coding, v: Coding, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantFormat("mix", k, v, help="test", source="test")
+
+
 def test_a_taken_name_is_refused_before_anybody_looked_one_up() -> None:
     done = python(OUTSIDE.replace("outside8", "saw4"))
     assert "ValueError: name: expected one that no format has, got 'saw4'" in done.stderr
