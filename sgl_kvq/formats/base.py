@@ -189,10 +189,6 @@ class QuantFormat(ABC):
         help: What the format is, in one line.
         source: Where the mathematics comes from; the module says what differs.
         calibration: How it is calibrated; None stores heads as they are.
-
-    Raises:
-        ValueError: codings that no decode kernel reads together: values rotated or with outlier
-            channels, or 16-bit rows of only one of K and V.
     """
 
     name: str
@@ -201,17 +197,6 @@ class QuantFormat(ABC):
     help: str = field(compare=False)
     source: str = field(compare=False)
     calibration: CalibrationMethod | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.v.rotated or self.v.outlier_16ths:
-            raise ValueError(
-                f"v: expected values neither rotated nor with outlier channels, got {self.v}"
-            )
-        if self.k.is_raw != self.v.is_raw:
-            raise ValueError(
-                f"k, v: expected 16 bits in both or in neither, got {self.k.num_bits} and "
-                f"{self.v.num_bits}"
-            )
 
     @property
     def bits(self) -> LayerBits:

@@ -15,7 +15,23 @@ from sgl_kvq.formats.quantize import quantize_pages
 
 @dataclass(frozen=True)
 class ScalarFormat(QuantFormat):
-    """A format whose values are code * scale + min; see `QuantFormat` for the arguments."""
+    """A format whose values are code * scale + min; see `QuantFormat` for the arguments.
+
+    Raises:
+        ValueError: codings that no decode kernel reads together: values rotated or with outlier
+            channels, or 16-bit rows of only one of K and V.
+    """
+
+    def __post_init__(self) -> None:
+        if self.v.rotated or self.v.outlier_16ths:
+            raise ValueError(
+                f"v: expected values neither rotated nor with outlier channels, got {self.v}"
+            )
+        if self.k.is_raw != self.v.is_raw:
+            raise ValueError(
+                f"k, v: expected 16 bits in both or in neither, got {self.k.num_bits} and "
+                f"{self.v.num_bits}"
+            )
 
     @override
     def fields(self, head_dim: int) -> list[FieldSpec]:
