@@ -12,8 +12,16 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 
 HEAD_DIMS = (64, 128)
-COLUMNS = ("--kv-quant", *(f"head_dim {size}" for size in HEAD_DIMS), "K", "V", "needs", "source")
-FILE_WIDTH = 170
+COLUMNS = (
+    "--kv-quant",
+    "what it is",
+    *(f"head_dim {size}" for size in HEAD_DIMS),
+    "K",
+    "V",
+    "needs",
+    "source",
+)
+FILE_WIDTH = 200
 """Columns of characters when the table does not go to a terminal."""
 
 
@@ -42,6 +50,7 @@ def row(quant_format: QuantFormat) -> list[str]:
     bits = [PageLayout(quant_format, head_dim, 1).bits_per_element for head_dim in HEAD_DIMS]
     return [
         quant_format.name,
+        quant_format.help,
         *(f"{size:g} ({16 / size:.2f}x)" for size in bits),
         describe(quant_format.k),
         describe(quant_format.v),

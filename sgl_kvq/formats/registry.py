@@ -74,11 +74,6 @@ def calibrated_formats() -> list[QuantFormat]:
     return [found for found in map(get_format, format_names()) if found.calibration is not None]
 
 
-def formats_help() -> str:
-    """One paragraph with the name and the help of every format."""
-    return " ".join(f"{name}: {get_format(name).help}." for name in format_names())
-
-
 @cache
 def _import_families() -> None:
     """Import our own formats. A module that is being imported when it calls this is skipped."""

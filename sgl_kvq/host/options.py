@@ -60,7 +60,7 @@ class QuantOptions:
     ] = 0
     kv_quant_config: Annotated[
         str | None,
-        "With --kv-quant kvq2 or kvq4: file of `python -m sgl_kvq calibrate`.",
+        "With a calibrated format as --kv-quant: file of `python -m sgl_kvq calibrate`.",
         NS("memory"),
     ] = None
     kv_quant_memory_gb: Annotated[

@@ -171,8 +171,7 @@ def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
     manager = original(queue)
     if queue.transfer_backend.value == TRANSFER_BACKEND:
         scheduler = queue.scheduler
-        num_kv_heads = scheduler.model_config.get_total_num_kv_heads()
-        manager.start(queue.token_to_kv_pool, num_kv_heads, scheduler.forward_stream)
+        manager.start(queue.token_to_kv_pool, scheduler.model_config, scheduler.forward_stream)
     return manager
 
 

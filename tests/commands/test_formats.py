@@ -37,21 +37,22 @@ def test_the_table_lists_every_format_without_sglang() -> None:
 
 def test_rows_say_what_a_format_stores() -> None:
     assert len(row(get_format("bf16"))) == len(COLUMNS)
-    assert row(get_format("hack2"))[:5] == [
+    assert row(get_format("hack2"))[:6] == [
         "hack2",
+        "HACK, 2-bit keys per channel, 2-bit values per token",
         "2.5 (6.40x)",
         "2.5 (6.40x)",
         "2 bits per channel",
         "2 bits per token and 64 channels",
     ]
     kvq4 = row(get_format("kvq4"))
-    assert kvq4[1:4] == [
+    assert kvq4[2:5] == [
         "4.5625 (3.51x)",
         "4.4375 (3.61x)",
         "4 bits per channel, 6 in 1 of 16 channels",
     ]
-    assert kvq4[5].startswith("calibrate")
-    assert row(get_format("saw4"))[3] == "4 bits per token, Hadamard-rotated"
+    assert kvq4[6].startswith("calibrate")
+    assert row(get_format("saw4"))[4] == "4 bits per token, Hadamard-rotated"
 
 
 SMALL = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}

@@ -16,7 +16,8 @@ from sgl_kvq.formats.base import PAGE_SIZE, Coding, FieldSpec, KOrV, QuantFormat
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
-from sgl_kvq.formats.registry import format_names, formats_help, get_format, register
+from sgl_kvq.formats.registry import get_format, register
+from sgl_kvq.formats.scalar import ScalarFormat
 from tests.support import ROOT
 
 OUTSIDE = """
@@ -38,17 +39,17 @@ OURS = register(
 SERVE = """
 import torch
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.formats.registry import format_names, formats_help, get_format
-from sgl_kvq.kernels.decode.reference import decode, plan_decode
-from tests.support.attention import attention_fp64, random_cache, relative_error
+from sgl_kvq.formats.registry import format_names, get_format
+from sgl_kvq.kernels.decode import reference
+from sgl_kvq.kernels.decode.cpu import decode, plan_decode
+from tests.support.attention import random_cache, relative_error
 
 assert KVQuantConfig("outside8").format in format_names()
-assert "outside8: axes that no format of sgl_kvq has." in formats_help()
 generator = torch.Generator().manual_seed(0)
 data = random_cache("outside8", 64, 2, [1, 64, 65, 700], 4, generator)
 q = torch.randn(4, 6, 64, generator=generator)
 out, _ = decode(q, data.cache, plan_decode(data.table, 4), data.layout, 0.125)
-expected = torch.stack([attention_fp64(x, *kv, 0.125)[0] for x, kv in zip(q, data.kv)])
+expected, _ = reference.decode(q, data.cache, data.table, data.layout, 0.125)
 assert relative_error(out, expected) < 1e-5
 import outside
 assert get_format("outside8") is outside.OURS
@@ -110,14 +111,24 @@ def test_a_name_belongs_to_one_format() -> None:
         get_format("kvq3")
 
 
+@pytest.mark.parametrize(
+    ("k", "v", "message"),
+    [
+        (Coding(4), Coding(4, rotated=True), "v: expected values neither rotated"),
+        (Coding(4), Coding(4, "channel", outlier_16ths=1), "nor with outlier channels"),
+        (Coding(16), Coding(4), "expected 16 bits in both or in neither, got 16 and 4"),
+        (Coding(2), Coding(16), "expected 16 bits in both or in neither, got 2 and 16"),
+    ],
+    ids=str,
+)
+def test_codings_that_no_kernel_reads_are_refused(k: Coding, v: Coding, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScalarFormat("mix", k, v, help="test", source="test")
+
+
 def test_a_taken_name_is_refused_before_anybody_looked_one_up() -> None:
     done = python(OUTSIDE.replace("outside8", "saw4"))
     assert "ValueError: name: expected one that no format has, got 'saw4'" in done.stderr
-
-
-def test_help_names_every_format() -> None:
-    for name in format_names():
-        assert f"{name}: {get_format(name).help}." in formats_help()
 
 
 class Float8Format(QuantFormat):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from sgl_kvq.formats.base import EXTRA_BITS, CalibrationMethod, Coding, LayerBits, QuantFormat
+from sgl_kvq.formats.base import CalibrationMethod, Coding, LayerBits, QuantFormat
 from sgl_kvq.formats.registry import register
 from sgl_kvq.formats.scalar import ScalarFormat
 
@@ -27,8 +27,7 @@ def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> Quant
         name=name,
         k=Coding(k_bits, axis="channel", mse_clipping=k_bits == 2, outlier_16ths=outlier_16ths),
         v=Coding(v_bits, axis="token", whole_head=True, mse_clipping=v_bits == 2),
-        help=f"{k_bits} bits, {k_bits + EXTRA_BITS} in {outlier_16ths} of 16 key channels, in a "
-        "calibrated basis (--kv-quant-config), for answers near bf16's",
+        help=f"{k_bits}-bit keys and {v_bits}-bit values in a calibrated basis, nearest to bf16",
         source="ours, docs/fidelity.md",
         calibration=CALIBRATION,
     )

@@ -12,6 +12,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
+from sgl_kvq.host.rank_basis import model_calibration
 from sgl_kvq.host.transfer_args import transfer_config
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.transfer.blocks import heads_of_rank
@@ -42,12 +43,12 @@ class KvqManager(CommonKVManager):
         self.access: Any = None
         self.refusals: dict[str, str] = {}
 
-    def start(self, pool: QuantizedKVPool, num_kv_heads: int, forward_stream: Any) -> None:
+    def start(self, pool: QuantizedKVPool, model_config: Any, forward_stream: Any) -> None:
         """Open the transfer thread; `plugin` calls this once the pool is known.
 
         Args:
             pool: The pool of this rank.
-            num_kv_heads: KV heads of the model, over all ranks.
+            model_config: SGLang's `ModelConfig`.
             forward_stream: Stream that SGLang runs the model on.
 
         Raises:
@@ -56,6 +57,7 @@ class KvqManager(CommonKVManager):
         config = quant_config(self.server_args)
         assert config is not None
         self.pool = pool.store
+        num_kv_heads = model_config.get_total_num_kv_heads()
         heads = heads_of_rank(num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
         self.access = open_pool(self.pool, heads, forward_stream)
         fingerprint = make_fingerprint(
@@ -63,6 +65,7 @@ class KvqManager(CommonKVManager):
             pool.plan.layouts,
             num_kv_heads,
             weights_digest(self.server_args.model_path),
+            model_calibration(config, model_config).digest,
         )
         instance = secrets.randbits(64)
         if str(pool.device) == "cpu":

@@ -20,7 +20,11 @@ _SAMPLE_BYTES = 1024
 
 
 def make_fingerprint(
-    config: KVQuantConfig, layouts: tuple[PageLayout, ...], num_kv_heads: int, weights: str
+    config: KVQuantConfig,
+    layouts: tuple[PageLayout, ...],
+    num_kv_heads: int,
+    weights: str,
+    calibration: str = "unset",
 ) -> Fingerprint:
     """Everything that decides what a page's bytes mean, and whether they are of the same model.
 
@@ -29,6 +33,7 @@ def make_fingerprint(
         layouts: Layout of a page row of this rank, by layer.
         num_kv_heads: KV heads of the model, over all ranks.
         weights: What `weights_digest` returned.
+        calibration: Digest of the file that `--kv-quant-config` names, "unset" without one.
     """
     layout = layouts[0]
     return {
@@ -46,7 +51,7 @@ def make_fingerprint(
         "row type": str(layout.row_dtype),
         "layers": len(layouts),
         "weights": weights,
-        "--kv-quant-config": _file_digest(config.config_file),
+        "--kv-quant-config": calibration,
     }
 
 
@@ -102,10 +107,6 @@ def check_codec(codec: str, package: str | None, decodable: list[str]) -> None:
             f"--kv-quant-transfer-codec {codec}: the decode instance can undo "
             f"{', '.join(decodable) or 'none'}; on its machine: {install}"
         )
-
-
-def _file_digest(path: str | None) -> str:
-    return "unset" if path is None else xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
 
 
 def weights_digest(model_path: str) -> str:
