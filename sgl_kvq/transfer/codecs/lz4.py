@@ -23,7 +23,7 @@ class Lz4(Codec):
 
     @override
     def decode(self, data: Buffer, raw_bytes: int) -> Buffer:
-        import lz4.block  # type: ignore[import-untyped]
+        import lz4.block
 
         payload: bytes = lz4.block.decompress(data, uncompressed_size=raw_bytes)
         return payload
