@@ -21,6 +21,7 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
 Bools = npt.NDArray[np.bool_]
+_SPAN_KINDS = tuple(SpanKind)
 _NO_PLACE, _INVALID_PLACE = np.zeros(0, dtype=bool), np.zeros(1, dtype=bool)
 
 
@@ -252,7 +253,7 @@ class IncomingPart:
 
     def write(self, header: BlockHeader, raw: Buffer) -> None:
         """Write a verified block whose place is claimed; in any thread."""
-        pages, kind = self.transfer.pages, SpanKind(header.kind)
+        pages, kind = self.transfer.pages, _SPAN_KINDS[header.kind]
         if kind is SpanKind.PAGES:
             first = header.first_page - self.transfer.prefix_pages
             pages = pages[first : first + header.num_pages]

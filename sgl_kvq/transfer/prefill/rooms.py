@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from sgl_kvq.memory_pool.page_io.span import Bytes, HeadRange
@@ -22,8 +22,8 @@ MAX_TRIES = 5
 MAX_ROOMS_PER_PEER = 4096
 
 
-class BlockState(Enum):
-    """State of one block for one peer.
+class BlockState(IntEnum):
+    """State of one block for one peer (integers, because hashing other enums runs Python code).
 
     QUEUED: waits for its turn.
     READING: copied and hashed by a job.
@@ -31,10 +31,10 @@ class BlockState(Enum):
     ACKED: acknowledged; the last state.
     """
 
-    QUEUED = "queued"
-    READING = "reading"
-    IN_FLIGHT = "in flight"
-    ACKED = "acked"
+    QUEUED = 0
+    READING = 1
+    IN_FLIGHT = 2
+    ACKED = 3
 
 
 _QUEUED, _READING, _IN_FLIGHT, _ACKED = BlockState
