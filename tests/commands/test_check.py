@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from sgl_kvq.__main__ import main
 from sgl_kvq.commands.check import command as check
@@ -33,6 +35,33 @@ def test_the_screen_of_a_machine_that_works(capsys: pytest.CaptureFixture[str]) 
         *format_names(),
     ):
         assert word in text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_every_operation_is_shown_before_it_runs(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling a kernel takes up to a minute, in which the screen must not look dead."""
+    screen = io.StringIO()
+
+    def console(**options: Any) -> Console:
+        return Console(file=screen, force_terminal=is_terminal, width=200, **options)
+
+    shown: dict[str, str] = {}
+    for operation, function in (("decode", "_decode"), ("extend", "extend_error")):
+        original = getattr(kernel_errors, function)
+
+        def recorded(*args: Any, operation: str = operation, original: Any = original) -> Any:
+            shown[operation] = screen.getvalue()
+            return original(*args)
+
+        monkeypatch.setattr(kernel_errors, function, recorded)
+    monkeypatch.setattr(check, "Console", console)
+    assert main(["check", "--formats", "hack4", "--head-dim", "64"]) == 0
+    assert "loading SGLang" in shown["decode"]
+    for operation in ("decode", "extend"):
+        assert f"hack4: running {operation}" in shown[operation]
+    assert "running extend" not in shown["decode"]
 
 
 @pytest.mark.parametrize("name", format_names())

@@ -11,9 +11,11 @@ from importlib.metadata import version
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sgl_kvq import __version__
 from sgl_kvq.commands.check.kernel_errors import KernelErrors, measure
+from sgl_kvq.commands.check.progress import show_progress
 from sgl_kvq.errors import KvqError
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
@@ -48,20 +50,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the screen; return 1 if something fails."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]sgl_kvq {__version__}[/bold]  {_versions()}")
-    passed = [
-        _line(console, name, check)
-        for name, check in (
-            ("device", _device),
-            ("host", supported.describe_version),
-            ("hooks", _hooks),
-        )
-    ]
-    on_gpu = torch.cuda.is_available()
-    errors: dict[str, KernelErrors] = {}
-    for name in args.formats:
-        layout = PageLayout(get_format(name), args.head_dim, NUM_KV_HEADS)
-        with console.status(f"append, decode and extend, {name}"):
-            passed.append(_line(console, name, partial(_kernels, layout, on_gpu, errors)))
+    passed = [_line(console, "device", _device), _line(console, "host", supported.describe_version)]
+    with show_progress(console) as report:
+        report("hooks: loading SGLang")
+        passed.append(_line(console, "hooks", _hooks))
+        on_gpu = torch.cuda.is_available()
+        errors: dict[str, KernelErrors] = {}
+        for name in args.formats:
+            layout = PageLayout(get_format(name), args.head_dim, NUM_KV_HEADS)
+            check = partial(_kernels, layout, on_gpu, errors, report)
+            passed.append(_line(console, name, check))
     console.print(_formats_table(args.head_dim, errors))
     failed = passed.count(False)
     console.print("everything works" if not failed else f"[red]{failed} of {len(passed)} failed")
@@ -76,8 +74,7 @@ def _line(console: Console, name: str, check: Callable[[], str]) -> bool:
         reason = str(error).strip() or type(error).__name__
         text, passed = reason.splitlines()[0], False
     mark = "[green]ok  [/green]" if passed else "[red]FAIL[/red]"
-    console.print(f"{mark} {name:<8} ", end="")
-    console.print(text, markup=False)
+    console.print(f"{mark} {name:<8}", Text(text))
     return passed
 
 
@@ -111,14 +108,25 @@ def _hooks() -> str:
     return "all live, attention backend kvq registered"
 
 
-def _kernels(layout: PageLayout, on_gpu: bool, errors: dict[str, KernelErrors]) -> str:
+def _kernels(
+    layout: PageLayout,
+    on_gpu: bool,
+    errors: dict[str, KernelErrors],
+    report: Callable[[str], None],
+) -> str:
     """Measure one format; keep the figures in `errors`.
 
     Raises:
         KvqError: a kernel is further off than rounding explains.
     """
-    found = measure(layout, "cuda" if on_gpu else "cpu", use_kernels=on_gpu)
-    errors[layout.format.name] = found
+    name, doing = layout.format.name, "compiling and running" if on_gpu else "running"
+    found = measure(
+        layout,
+        "cuda" if on_gpu else "cpu",
+        use_kernels=on_gpu,
+        report=lambda operation: report(f"{name}: {doing} {operation}"),
+    )
+    errors[name] = found
     path = "GPU kernels" if on_gpu else "PyTorch path"
     text = (
         f"{path}: append {found.wrong_bytes} of {found.total_bytes:,} bytes differ from the "
