@@ -1,4 +1,4 @@
-"""Serve a model with 2-bit KV pages and ask it a question through the OpenAI client.
+"""Serve a model with 4-bit KV pages and ask it a question through the OpenAI client.
 
     python examples/openai_client.py [MODEL]
 
@@ -14,7 +14,7 @@ from serving import MODEL, ask, free_port, running
 
 def main(model: str) -> None:
     """Start the server, print one answer, stop it."""
-    flags = ["--model-path", model, "--kv-quant", "hack2", "--kv-quant-memory-gb", "0.1"]
+    flags = ["--model-path", model, "--kv-quant", "hack4", "--kv-quant-memory-gb", "0.1"]
     with running("sglang.launch_server", free_port(), *flags) as url:
         print(ask(url, "Name the capital of France in one word."))
 

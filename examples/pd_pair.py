@@ -1,4 +1,4 @@
-"""A prefill and a decode instance with SGLang's router in front; pages travel in 2 bits.
+"""A prefill and a decode instance with SGLang's router in front; pages travel in 4 bits.
 
     python examples/pd_pair.py [MODEL]
 
@@ -16,7 +16,7 @@ from serving import MODEL, ask, free_port, running
 def main(model: str) -> None:
     """Start both instances and the router, print one answer, stop them."""
     bootstrap = str(free_port())
-    flags = ["--model-path", model, "--kv-quant", "hack2", "--kv-quant-memory-gb", "0.1"]
+    flags = ["--model-path", model, "--kv-quant", "hack4", "--kv-quant-memory-gb", "0.1"]
     flags += ["--disaggregation-transfer-backend", "kvq-zmq"]
     flags += ["--disaggregation-bootstrap-port", bootstrap, "--disaggregation-mode"]
     with ExitStack() as stack:

@@ -6,13 +6,14 @@ Fixtures that need a model or SGLang are in `tests/support/fixtures.py`.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 pytest_plugins = ["tests.support.fixtures"]
 
-TESTS = Path(__file__).parent
+TESTS = ROOT / "tests"
 
 WITHOUT_SGLANG = (
     "formats",
