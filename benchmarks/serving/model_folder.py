@@ -1,11 +1,15 @@
-"""A model folder without weights: Llama-3.1-8B's geometry and a tokenizer made here."""
+"""A model folder without weights: a known model's geometry and a tokenizer made here."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-LLAMA_3_1_8B = {
+LLAMA_3_1_8B: Mapping[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -22,24 +26,44 @@ LLAMA_3_1_8B = {
 }
 """Source: config.json of Llama-3.1-8B; RoPE scaling left out, it changes no time."""
 
+QWEN2_5_1_5B: Mapping[str, Any] = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Source: config.json of Qwen2.5-1.5B; Qwen2.5-Coder-1.5B has the same."""
 
-def make_folder(folder: Path, num_layers: int) -> Path:
+
+def make_folder(folder: Path, num_layers: int, geometry: Mapping[str, Any] = LLAMA_3_1_8B) -> Path:
     """Write config and tokenizer for `--load-format dummy`; does nothing when they are there.
 
     Each token is a word of up to three letters, so that text made of n tokens is n tokens again
     and a streamed token is about as many bytes as one of English.
 
     Args:
-        folder: Created; its name must be another one for another number of layers.
-        num_layers: 32, or fewer for a trial.
+        folder: Created; its name must be another one for another geometry or number of layers.
+        num_layers: The geometry's own, or fewer for a trial.
+        geometry: Fields of the model's `config.json`.
     """
     if (folder / "config.json").exists():
         return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    vocab_size = int(LLAMA_3_1_8B["vocab_size"])
+    vocab_size = int(geometry["vocab_size"])
     specials = ("<s>", "</s>")  # not words: a special token is found inside of words, too
     words = {word: token for token, word in enumerate(specials)}
     words |= {_word(token): token for token in range(len(specials), vocab_size)}
@@ -48,9 +72,8 @@ def make_folder(folder: Path, num_layers: int) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1]
     ).save_pretrained(folder)
-    geometry = {**LLAMA_3_1_8B, "num_hidden_layers": num_layers}
-    config = LlamaConfig(**geometry, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
-    config.save_pretrained(folder)
+    fields = {**geometry, "num_hidden_layers": num_layers, "dtype": torch.bfloat16}
+    AutoConfig.for_model(fields.pop("model_type"), **fields).save_pretrained(folder)
     return folder
 
 

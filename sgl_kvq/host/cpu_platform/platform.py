@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.profiler import ProfilerActivity
+
 from sgl_kvq.host.names import CpuDeviceMixin, PlatformEnum, SRTPlatform
 
 
@@ -21,6 +23,14 @@ class CpuEnginePlatform(SRTPlatform, CpuDeviceMixin):
     def get_device(self, device_id: int | None = None) -> str:
         """Return the device string: SGLang splits it, unlike what its own CPU mixin returns."""
         return "cpu"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """Return what SGLang calls the device when `/start_profile` asks for its activities."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> ProfilerActivity:
+        """Return what PyTorch's profiler calls the device."""
+        return ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what SGLang's own defaults do not do on a CPU."""
