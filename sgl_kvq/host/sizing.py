@@ -41,16 +41,17 @@ def resolve_pool_config(
     arriving = 0
     if get_disagg().disaggregation_mode == "decode":
         arriving = get_disagg().disaggregation_decode_extra_slots or 0
-    requested = get_schedule().max_running_requests
-    if requested is not None:
-        requested = max(1, requested // attn_dp_size(configurator)) + arriving
-    plan = _plan(configurator, config, budget, requested)
-    max_tokens = configurator._apply_token_constraints(plan.num_tokens)
-    if max_tokens < plan.num_tokens:
-        plan = _plan(configurator, config, budget, requested, max_tokens)
+    running = get_schedule().max_running_requests
+    if running is not None:
+        running = max(1, running // attn_dp_size(configurator))
+    widest = _plan(configurator, config, budget, None if running is None else running + arriving)
+    max_tokens = configurator._apply_token_constraints(widest.num_tokens)
+    if running is None:
+        running = _plan(configurator, config, budget, None, max_tokens).open_slots
+    plan = _plan(configurator, config, budget, running + arriving, max_tokens)
     return MemoryPoolConfig(
         max_total_num_tokens=plan.num_tokens,
-        max_running_requests=max(1, plan.open_slots - arriving),
+        max_running_requests=running,
         mem_fraction_static=get_schedule().mem_fraction_static,
     )
 

@@ -58,12 +58,11 @@ def test_random_load_ends_with_everything_free(
     monkeypatch.setattr(scheduler_module, "TEST_RETRACT", False)
     harness.run()  # ends with SGLang's own idle check, which raises on a leak
 
-    assert lowest_free < 2 * 64  # the pool really was full
+    assert lowest_free <= 2 * 64  # the pool really was full
     assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
     assert tree.protected_size() == 0
     assert pool.open_slots.num_used() == 0
-    roots = len(tree.root_node.children)
-    assert pool.sink_slots.num_used() == roots
+    assert pool.sink_slots.num_used() == len(harness.cached()[0])
     assert len(harness.scheduler.req_to_token_pool.free_slots) == 6
     harness.flush()
     assert allocator.available_size() == pool.plan.num_tokens

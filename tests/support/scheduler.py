@@ -72,6 +72,16 @@ class SchedulerHarness:
     def allocator(self) -> Any:
         return self.scheduler.token_to_kv_pool_allocator
 
+    def cached(self) -> dict[int, list[int]]:
+        """Slots of all tokens in the radix cache, by their position in the sequence."""
+        from sglang.srt.kv_canary.radix_cache_walker import walk_radix_cache_for_canary
+
+        walk = walk_radix_cache_for_canary(radix_cache=self.scheduler.tree_cache)
+        slots: dict[int, list[int]] = {}
+        for position, slot in zip(walk.positions.tolist(), walk.slot_indices.tolist(), strict=True):
+            slots.setdefault(position, []).append(slot)
+        return slots
+
     def submit(
         self,
         input_ids: list[int],
