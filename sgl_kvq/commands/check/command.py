@@ -81,7 +81,7 @@ def _line(console: Console, name: str, check: Callable[[], str]) -> bool:
 def _versions() -> str:
     """Python and the packages that kernels and hooks depend on, with their versions."""
     known = {"Python": platform.python_version(), "torch": version("torch")}
-    known |= {"triton": version("triton"), **supported.versions_of_host()}
+    known |= {"triton": version("triton"), **supported.installed_versions()}
     return ", ".join(f"{name} {number}" for name, number in known.items())
 
 
