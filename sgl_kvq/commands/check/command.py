@@ -6,7 +6,6 @@ import argparse
 import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 
 import torch
 from rich.console import Console
@@ -80,8 +79,7 @@ def _line(console: Console, name: str, check: Callable[[], str]) -> bool:
 
 def _versions() -> str:
     """Python and the packages that kernels and hooks depend on, with their versions."""
-    known = {"Python": platform.python_version(), "torch": version("torch")}
-    known |= {"triton": version("triton"), **supported.installed_versions()}
+    known = {"Python": platform.python_version(), **supported.installed_versions()}
     return ", ".join(f"{name} {number}" for name, number in known.items())
 
 
