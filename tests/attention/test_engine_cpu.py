@@ -8,7 +8,8 @@ import torch
 from sgl_kvq.attention.cpu import CpuEngine
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
-from tests.support.attention import attention_fp64, relative_error
+from sgl_kvq.kernels.decode.reference import attend
+from tests.support.attention import relative_error
 from tests.support.growing_requests import (
     HEAD_DIM,
     NUM_LAYERS,
@@ -69,5 +70,5 @@ def _expected(
         codes = decode(pages, store.layout).transpose(1, 2).flatten(0, 1).double()
         codes[:SINKS] = rows[: min(SINKS, len(codes))]
         seen.append(torch.cat([codes, rows[end : position + 1].double()]))
-    out, _ = attention_fp64(q[position], *seen, HEAD_DIM**-0.5)
+    out, _ = attend(q[position], *seen, HEAD_DIM**-0.5)
     return out
