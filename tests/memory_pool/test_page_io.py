@@ -67,7 +67,7 @@ def test_rows_of_a_page_that_gave_its_slot_up_cannot_be_reached(kind: SpanKind) 
     mine = read(access, old)
     table.release(torch.tensor([3]))
     table.acquire(torch.tensor([8]))
-    assert int(table.slot_of[3]) == int(table.slot_of[8])
+    assert table.step_view()[3] == table.held_slot(torch.tensor([8]))  # the stale entry
     theirs = read(access, new)
     assert (mine == theirs).all()
     for attempt in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgl_kvq.memory_pool.page_io.span import Bytes
@@ -37,6 +37,7 @@ def make_part(made: list[Bytes]) -> tuple[OutgoingPart, SendBuffers]:
 
 
 @settings(deadline=None, max_examples=300)
+@example([("read", []), ("send", [0]), ("retransmit", [0, 0])])  # a peer names a block twice
 @given(st.lists(STEPS, max_size=40))
 def test_what_is_counted_follows_the_states(steps: list[tuple[str, list[int]]]) -> None:
     """Bytes, buffers, queue and tries are those of the states, whatever happens in any order."""

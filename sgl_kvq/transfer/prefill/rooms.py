@@ -192,10 +192,12 @@ class OutgoingPart:
         return self.retransmit(list(lost))
 
     def retransmit(self, seqs: list[int]) -> list[int]:
-        """Queue those blocks again that are in flight; returns them."""
-        again = [seq for seq in seqs if self._states.get(seq) is _IN_FLIGHT]
-        for seq in again:
-            self.transition(seq, _QUEUED)
+        """Queue those blocks again that are in flight; returns them, each once."""
+        again = []
+        for seq in seqs:
+            if self._states.get(seq) is _IN_FLIGHT:
+                self.transition(seq, _QUEUED)
+                again.append(seq)
         return again
 
     def resume(self, received: list[int]) -> None:
