@@ -19,7 +19,7 @@ FIRST_WORD, LAST_WORD = 1000, 40_000
 """Random tokens come from here: plain words in every vocabulary that is used."""
 ANSWER_TOKENS = 4
 """What a turn writes: enough to measure times between tokens."""
-BACKGROUND_ANSWER_TOKENS = 4096
+BACKGROUND_ANSWER_TOKENS = 2048
 """What a background request may write; it is aborted long before."""
 HEADERS = {"Content-Type": "application/json"}
 STALL_S = 120.0
