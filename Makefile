@@ -20,6 +20,8 @@ ALONE := tests/transfer tests/serving/test_metrics.py \
 # Tests that run without SGLang and a model; those of tests/transfer measure time.
 FAST := tests/formats tests/memory_pool tests/kernels tests/attention tests/test_config.py \
 	tests/test_imports.py
+# Tests of GPU kernels that Triton's interpreter can run.
+INTERPRETED := tests/kernels/triton tests/attention/triton tests/serving/triton
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: install lock model demo demo-pd test test-fast test-long check docs bench clean
@@ -56,7 +58,7 @@ test: install model docs
 	$(PYTEST) -m "not long" $(ALONE:%=--ignore=%) \
 		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(PYTEST) -m "not long" $(ALONE)
-	TRITON_INTERPRET=1 $(PYTEST) -m "not long" -n $(WORKERS) tests/kernels/triton
+	TRITON_INTERPRET=1 $(PYTEST) -m "not long" -n $(WORKERS) $(INTERPRETED)
 
 test-fast: install
 	TRITON_INTERPRET=1 $(PYTEST) -p tests.support.without_sglang -m fast \
@@ -65,7 +67,7 @@ test-fast: install
 
 test-long: install model
 	$(PYTEST) -m long
-	TRITON_INTERPRET=1 $(PYTEST) -m long tests/kernels/triton
+	TRITON_INTERPRET=1 $(PYTEST) -m long $(INTERPRETED)
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files

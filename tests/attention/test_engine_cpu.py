@@ -20,13 +20,14 @@ from tests.support.growing_requests import (
 )
 
 TOTALS = [200, 64, 131, 70]
-# (requests, fresh tokens, decode): whole pages, resumed pages, one token, and steps that close one.
+# (requests, fresh tokens, decode): whole pages, resumed pages, decode that fills and begins pages.
 STEPS: list[tuple[list[int], list[int], bool]] = [
-    ([0, 1], [128, 63], False),
-    ([0, 2, 1], [2, 64, 1], False),
+    ([0, 1], [100, 63], False),
+    ([0, 2, 1], [30, 64, 1], False),
     ([2, 3, 0], [66, 5, 60], False),
     ([0, 2], [1, 1], True),
     ([3], [58], False),
+    ([0, 3], [1, 1], True),
     ([0, 3], [1, 1], True),
     ([3], [5], False),
 ]

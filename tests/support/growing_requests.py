@@ -18,11 +18,11 @@ HEADS, GROUP, HEAD_DIM, SINKS, NUM_LAYERS = 2, 3, 64, 4, 2
 MAX_LEN, MAX_BATCH = 512, 8
 
 
-def make_store(name: str) -> PagedStore:
+def make_store(name: str, device: str = "cpu") -> PagedStore:
     """A store of poisoned rows and pages."""
     layout = PageLayout(named_format(name), HEAD_DIM, HEADS)
     num_pages = 2 * MAX_BATCH * MAX_LEN // PAGE_SIZE
-    store = PagedStore(PoolPlan((layout,) * NUM_LAYERS, SINKS, num_pages, MAX_BATCH), "cpu")
+    store = PagedStore(PoolPlan((layout,) * NUM_LAYERS, SINKS, num_pages, MAX_BATCH), device)
     for cache in store.layers:
         cache.pages.fill_(0xFF)
         cache.open_rows.fill_(torch.nan)
@@ -51,21 +51,25 @@ class GrowingRequests:
     """
 
     def __init__(self, store: PagedStore, totals: list[int], seed: int) -> None:
-        self.store = store
+        self.store, self.device = store, store.device
         self.generator = torch.Generator().manual_seed(seed)
         counts = [-(-n // PAGE_SIZE) for n in totals]
         pages = torch.randperm(store.plan.num_pages, generator=self.generator)[: sum(counts)] + 1
-        self.pages = list(pages.split(counts))
+        self.pages = list(pages.to(self.device).split(counts))
         self.lens = [0] * len(totals)
-        self.req_to_token = torch.zeros((MAX_BATCH + 1, MAX_LEN), dtype=torch.int32)
+        self.req_to_token = torch.zeros(
+            (MAX_BATCH + 1, MAX_LEN), dtype=torch.int32, device=self.device
+        )
         for row, own in enumerate(self.pages, 1):
-            tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+            tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=self.device)
             self.req_to_token[row, : tokens.numel()] = tokens.flatten()
         heads = (HEADS * GROUP, HEADS, HEADS)
         self.qkv = [  # by layer, tensor, request
-            [[random_rows((n, h, HEAD_DIM), self.generator) for n in totals] for h in heads]
-            for _ in range(NUM_LAYERS)
+            [[self._rows(n, h) for n in totals] for h in heads] for _ in range(NUM_LAYERS)
         ]
+
+    def _rows(self, num_rows: int, heads: int) -> torch.Tensor:
+        return random_rows((num_rows, heads, HEAD_DIM), self.generator).to(self.device)
 
     def step(
         self, engine: AttentionEngine, requests: list[int], chunks: list[int], decode: bool = False
@@ -78,8 +82,8 @@ class GrowingRequests:
         engine.plan(
             StepInput(
                 StepMode.DECODE if decode else StepMode.EXTEND,
-                torch.tensor([r + 1 for r in requests]),
-                torch.tensor([self.lens[r] for r in requests]),
+                torch.tensor([r + 1 for r in requests], device=self.device),
+                torch.tensor([self.lens[r] for r in requests], device=self.device),
                 prefix_lens,
                 chunks,
             )

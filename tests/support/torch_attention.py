@@ -35,7 +35,7 @@ class TorchAttention:
             scores = torch.einsum("qhd,thd->hqt", q[rows].double(), keys) * self.sm_scale
             if step.causal:
                 num_q, num_k = scores.shape[1:]
-                mask = torch.ones(num_q, num_k).tril(num_k - num_q) == 0
+                mask = torch.ones(num_q, num_k, device=q.device).tril(num_k - num_q) == 0
                 scores = scores.masked_fill(mask, -torch.inf)
             out[rows] = torch.einsum("hqt,thd->qhd", scores.softmax(-1), values).to(out.dtype)
             lse[rows] = (scores.logsumexp(-1) * 1.4426950408889634).T.float()
