@@ -15,6 +15,11 @@ from pathlib import Path
 
 MODEL = ".model/smollm2-135m"  # what `make model` fetches
 START_TIMEOUT_S = 600.0
+QUESTION = (  # more than the 64 tokens of a page, so that one is quantized
+    "Rome is the capital of Italy, Madrid is the capital of Spain, Berlin is the capital of "
+    "Germany, Vienna is the capital of Austria, Lisbon is the capital of Portugal. "
+    "What is the capital of France?"
+)
 
 
 def free_port() -> int:
