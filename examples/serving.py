@@ -16,9 +16,8 @@ from pathlib import Path
 MODEL = ".model/smollm2-135m"  # what `make model` fetches
 START_TIMEOUT_S = 600.0
 QUESTION = (  # more than the 64 tokens of a page, so that one is quantized
-    "Rome is the capital of Italy, Madrid is the capital of Spain, Berlin is the capital of "
-    "Germany, Vienna is the capital of Austria, Lisbon is the capital of Portugal. "
-    "What is the capital of France?"
+    "Paris is the capital of France and lies on the river Seine. It is known for its museums, "
+    "its cafes and the Eiffel Tower, which was built in 1889. Which city is the capital of France?"
 )
 
 
