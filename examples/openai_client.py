@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 
-from serving import MODEL, ask, free_port, running
+from serving import MODEL, QUESTION, ask, free_port, running
 
 
 def main(model: str) -> None:
     """Start the server, print one answer, stop it."""
     flags = ["--model-path", model, "--kv-quant", "hack4", "--kv-quant-memory-gb", "0.1"]
     with running("sglang.launch_server", free_port(), *flags) as url:
-        print(ask(url, "Name the capital of France in one word."))
+        print(ask(url, QUESTION))
 
 
 if __name__ == "__main__":

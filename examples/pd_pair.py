@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 
-from serving import MODEL, ask, free_port, running
+from serving import MODEL, QUESTION, ask, free_port, running
 
 
 def main(model: str) -> None:
@@ -27,7 +27,7 @@ def main(model: str) -> None:
         pair = ["--pd-disaggregation", "--prefill", prefill, bootstrap, "--decode", decode]
         pair += ["--prometheus-port", str(free_port())]
         router = running("sglang_router.launch_router", free_port(), *pair, ready="/readiness")
-        print(ask(stack.enter_context(router), "Name the capital of France in one word."))
+        print(ask(stack.enter_context(router), QUESTION))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from pathlib import Path
 
 MODEL = ".model/smollm2-135m"  # what `make model` fetches
 START_TIMEOUT_S = 600.0
+QUESTION = (  # more than the 64 tokens of a page, so that one is quantized
+    "Paris is the capital of France and lies on the river Seine. It is known for its museums, "
+    "its cafes and the Eiffel Tower, which was built in 1889. Which city is the capital of France?"
+)
 
 
 def free_port() -> int:

@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks.agents.sessions import QUESTION_TOKENS, Request, Workload, WorkloadSizes, summarize
 from benchmarks.common.kv_memory import PAGE_SIZE, STOCK, ModelShape, kv_flags, system_flags
 from benchmarks.common.records import git_commit
-from benchmarks.common.servers import Server, ServerError, dtype_flags, hardware_name, launch_server
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
+from testbed.servers import Server, ServerError, dtype_flags, hardware_name, launch_server
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -36,9 +36,9 @@ from benchmarks.agents.sessions import summarize
 from benchmarks.common.kv_memory import ModelShape, server_flags
 from benchmarks.common.plot import plot_multi_agent
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.common.servers import Server, ServerError, hardware_name, launch_server
 from benchmarks.serving.model_folder import make_folder
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
+from testbed.servers import Server, ServerError, hardware_name, launch_server
 
 COMMON_FLAGS = "--skip-server-warmup --disable-prefill-cuda-graph --random-seed 0"
 FIRST_WORD, LAST_WORD = 1000, 40_000

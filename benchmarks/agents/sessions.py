@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 import openai
 
-from benchmarks.common.servers import Server, ServerError
+from testbed.servers import Server, ServerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

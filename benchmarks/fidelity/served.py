@@ -20,11 +20,11 @@ from tabulate import tabulate
 from transformers import AutoTokenizer
 
 from benchmarks.common.records import command_line, git_commit, write_csv
-from benchmarks.common.servers import Server, launch_server
 from benchmarks.fidelity.__main__ import CHOSEN, DTYPES, calibrated_file, make_history
 from benchmarks.fidelity.corpora import segments
 from benchmarks.fidelity.metrics import estimate
 from benchmarks.fidelity.teacher import Teacher
+from testbed.servers import Server, launch_server
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:

@@ -34,13 +34,13 @@ import requests
 from tabulate import tabulate
 
 from benchmarks.common.records import command_line, git_commit, read_csv, write_csv
-from benchmarks.common.servers import (
+from scripts.fetch_model import DEFAULT_FOLDER, fetch
+from testbed.servers import (
     Server,
     ServerError,
     cpu_name,
     launch_server,
 )
-from scripts.fetch_model import DEFAULT_FOLDER, fetch
 
 STOCK = "bf16"
 PAGE_SIZE = 64

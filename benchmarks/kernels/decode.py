@@ -25,7 +25,6 @@ from tabulate import tabulate
 from benchmarks.kernels.decode_bounds import few_pages, load_only
 from benchmarks.kernels.harness import (
     copy_gbps,
-    named_format,
     num_copies,
     time_interleaved,
     write_results,
@@ -35,6 +34,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from testbed.formats import named_format
 
 FORMATS = ("hack2", "kivi2", "hack4", "kivi4", "saw4")
 SHAPES = (

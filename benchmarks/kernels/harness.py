@@ -1,4 +1,4 @@
-"""Formats by name, and timing of GPU kernels: CUDA graphs, cold L2 cache, systems in turn."""
+"""Timing of GPU kernels: CUDA graphs, cold L2 cache, systems in turn."""
 
 from __future__ import annotations
 
@@ -13,17 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.common.records import command_line, git_commit, write_csv
-from sgl_kvq.formats.base import QuantFormat
-from sgl_kvq.formats.families.kvq import kvq_format
-from sgl_kvq.formats.registry import get_format
 
 COLD_BYTES = 320 * 2**20  # several times the L2 cache of any GPU
 MAX_COPIES = 32
-
-
-def named_format(name: str) -> QuantFormat:
-    """A format of `--kv-quant`, or K:OUTLIER:V, a coding that `calibrate --budget-bits` chooses."""
-    return kvq_format("kvq2", *map(int, name.split(":"))) if ":" in name else get_format(name)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 import triton
 from tabulate import tabulate
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.common.compile import compile_for
@@ -30,6 +29,7 @@ from sgl_kvq.kernels.decode.configs import tail_units
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.kernel import _copy_rows_kernel, _dequantize_pages_kernel
+from testbed.formats import named_format
 
 FORMATS = ("hack2", "hack4", "kvq2", "kvq4", "saw4", "bf16")
 NUM_KV_HEADS, GQA_GROUP, SINK_TOKENS = 8, 4, 4

@@ -26,12 +26,12 @@ from pathlib import Path
 
 from benchmarks.agents.sessions import Workload, WorkloadSizes
 from benchmarks.common.records import command_line, git_commit, write_csv
-from benchmarks.common.servers import cpu_name, dtype_flags
-from benchmarks.pd.measure import launch_pd, launch_router, transfer_metrics
 from benchmarks.pd.tun_link import MTU_BYTES, tun_link
 from benchmarks.wire.ends import EndSpec, wire_pair
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 from sgl_kvq.transfer.runtime.curve import make_keys
+from testbed.pd_cluster import launch_pd, launch_router, transfer_metrics
+from testbed.servers import cpu_name, dtype_flags
 
 NAMESPACE = "kvq-prefill"
 INSIDE = ("ip", "netns", "exec", NAMESPACE)

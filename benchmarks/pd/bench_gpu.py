@@ -34,10 +34,10 @@ import requests
 from tabulate import tabulate
 
 from benchmarks.common.records import command_line, git_commit, write_csv
-from benchmarks.common.servers import ServerError, free_port, hardware_name
-from benchmarks.pd.measure import Cluster, launch_pd, transfer_metrics
 from benchmarks.pd.relay import measure_gbit_s, relay
 from benchmarks.serving.model_folder import make_folder
+from testbed.pd_cluster import Cluster, launch_pd, transfer_metrics
+from testbed.servers import ServerError, free_port, hardware_name
 
 DUMMY_MODEL = "out/llama-3.1-8b-geometry-{}-layers"
 FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0 "

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from benchmarks.agents.sessions import Request, Workload, WorkloadSizes
 from benchmarks.common.records import git_commit
-from benchmarks.common.servers import ServerError, dtype_flags, hardware_name, launch_server
-from benchmarks.pd.measure import START_TIMEOUT_S, launch_pd, launch_router, transfer_metrics
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
+from testbed.pd_cluster import START_TIMEOUT_S, launch_pd, launch_router, transfer_metrics
+from testbed.servers import ServerError, dtype_flags, hardware_name, launch_server
 
 SIZES = WorkloadSizes(
     num_agents=4, num_rounds=2, shared_tokens=512, private_tokens=1024, answer_tokens=12

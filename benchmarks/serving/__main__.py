@@ -30,11 +30,11 @@ from tabulate import tabulate
 
 from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.common.servers import Server, ServerError, hardware_name, launch_server
 from benchmarks.serving.client import Outcome, run_workload
 from benchmarks.serving.counters import PoolWatch
 from benchmarks.serving.model_folder import make_folder
 from benchmarks.serving.workloads import Workload, make_workloads
+from testbed.servers import Server, ServerError, hardware_name, launch_server
 
 DUMMY_MODEL = "out/llama-3.1-8b-geometry-{}-layers"
 BF16_TOKENS = 423_494

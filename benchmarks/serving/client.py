@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.servers import Server
 from benchmarks.serving.counters import Counters, quantile
 from benchmarks.serving.workloads import Workload
+from testbed.servers import Server
 
 SEED = 1
 POLL_INTERVAL_S = 0.5

@@ -12,9 +12,9 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.records import append_csv
-from benchmarks.common.servers import Server
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
+from testbed.servers import Server
 
 TOKENS = "sglang:realtime_tokens_total"
 TTFT = "sglang:time_to_first_token_seconds"

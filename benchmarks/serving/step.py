@@ -39,13 +39,6 @@ from tabulate import tabulate
 
 from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, kv_flags, system_flags
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.common.servers import (
-    Server,
-    ServerError,
-    dtype_flags,
-    hardware_name,
-    launch_server,
-)
 from benchmarks.serving.model_folder import LLAMA_3_1_8B, QWEN2_5_1_5B, make_folder
 from benchmarks.serving.step_client import (
     Case,
@@ -58,6 +51,13 @@ from benchmarks.serving.step_client import (
 )
 from benchmarks.serving.step_profile import longest_kernels, profile_step, read_trace, record_trace
 from sgl_kvq.formats.base import PAGE_SIZE
+from testbed.servers import (
+    Server,
+    ServerError,
+    dtype_flags,
+    hardware_name,
+    launch_server,
+)
 
 GEOMETRIES = {
     "8b": ("out/llama-3.1-8b-geometry-{}-layers", LLAMA_3_1_8B),

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.common.servers import Server, ServerError
+from testbed.servers import Server, ServerError
 
 FIRST_WORD, LAST_WORD = 1000, 40_000
 """Random tokens come from here: plain words in every vocabulary that is used."""

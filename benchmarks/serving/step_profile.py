@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.common.servers import Server, ServerError
+from testbed.servers import Server, ServerError
 
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_CATEGORIES = ("cuda_runtime", "cuda_driver")

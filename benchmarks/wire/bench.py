@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common.records import command_line, git_commit, write_csv
-from benchmarks.common.servers import cpu_name
 from benchmarks.wire.bare import BareLoop, bare_loop
 from benchmarks.wire.ends import EndSpec, WirePair, wire_pair
 from sgl_kvq.transfer.options import default_workers
+from testbed.servers import cpu_name
 
 NUM_PAGES = 192
 BLOCK_KB = (64, 256, 1024, 4096)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.agents.many import Sizes, Swarm
 from benchmarks.agents.sessions import summarize
-from benchmarks.common.servers import Server, ServerError
+from testbed.servers import Server, ServerError
 
 SIZES = Sizes(shared_tokens=128, task_tokens=20, turns=3, answer_tokens=8, tool_tokens=30)
 

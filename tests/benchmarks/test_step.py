@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks.common.servers import Server, ServerError
 from benchmarks.serving import step, step_client
 from benchmarks.serving.model_folder import QWEN2_5_1_5B, make_folder
 from benchmarks.serving.step_client import (
@@ -30,6 +29,7 @@ from benchmarks.serving.step_profile import (
     read_trace,
     record_trace,
 )
+from testbed.servers import Server, ServerError
 
 
 def test_turns_find_the_prefix_and_the_others_times_are_taken(small_server: Server) -> None:

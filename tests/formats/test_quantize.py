@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.base import CLIP_RATIOS, PAGE_SIZE, Coding
 from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.hadamard import rotate
@@ -16,6 +15,7 @@ from sgl_kvq.formats.quantize import (
     quantize_groups,
 )
 from sgl_kvq.formats.registry import format_names, get_format
+from testbed.formats import named_format
 from tests.support.attention import random_rows
 
 QUANTIZED = [name for name in format_names() if name != "bf16"]

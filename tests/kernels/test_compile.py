@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.kernels.append.kernel import _append_fwd_kernel, _close_fwd_kernel
 from sgl_kvq.kernels.change_basis.kernel import _change_qkv_kernel
@@ -16,6 +15,7 @@ from sgl_kvq.kernels.common.rotation import _rotate_fwd_kernel
 from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kernel
 from sgl_kvq.kernels.extend.kernel import _copy_rows_kernel, _dequantize_pages_kernel
 from sgl_kvq.kernels.page_table.kernel import _tables_fwd_kernel
+from testbed.formats import named_format
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

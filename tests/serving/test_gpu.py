@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from sgl_kvq.formats.base import LayerBits
 from sgl_kvq.formats.calibration import BitAllocation, default_basis, save_bases
-from tests.serving.test_calibrated import offline
+from tests.benchmarks.test_calibrated import offline
 from tests.support.hf_oracle import oracle_logprobs
 
 PROMPT, NEW_TOKENS = 2150, 70

@@ -10,8 +10,8 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.common.servers import Server
 from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
+from testbed.servers import Server
 from tests.support import ROOT
 
 PAGES = 40  # of `small_server`

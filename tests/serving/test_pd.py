@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import requests
 
-from benchmarks.common.servers import Launch, dtype_flags, free_port, launch_servers
-from benchmarks.pd.measure import START_TIMEOUT_S, Cluster, launch_pd, transfer_metrics
+from testbed.pd_cluster import START_TIMEOUT_S, Cluster, launch_pd, transfer_metrics
+from testbed.servers import Launch, dtype_flags, free_port, launch_servers
 from tests.support.compare import logprob_differences
 from tests.support.proxy import Proxy
 from tests.support.scheduler import Result

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.servers import free_port
+from testbed.servers import free_port
 from tests.support.compare import logprob_differences
 from tests.support.model_folders import make_model
 from tests.support.scheduler import Result, SchedulerHarness

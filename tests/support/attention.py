@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from testbed.formats import named_format
 
 CHOSEN_BITS = ("4:2:2", "2:16:2", "2:5:4", "4:16:4")
 """Members of the kvq family that only a calibrated file asks for: K, outlier sixteenths, V."""

@@ -87,7 +87,7 @@ def paused_server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """`small_server`, stopped while no test uses it: an idle scheduler keeps a core busy."""
     import torch
 
-    from benchmarks.common.servers import launch_server
+    from testbed.servers import launch_server
     from tests.support.model_folders import make_model
 
     folder = tmp_path_factory.mktemp("loud-llama")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.attention.engine import AttentionEngine
 from sgl_kvq.attention.layer import LayerSpec
 from sgl_kvq.attention.step import StepInput, StepMode
@@ -12,6 +11,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.store import PagedStore
+from testbed.formats import named_format
 from tests.support.attention import random_rows
 
 HEADS, GROUP, HEAD_DIM, SINKS, NUM_LAYERS = 2, 3, 64, 4, 2

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
@@ -18,6 +17,7 @@ from sgl_kvq.kernels.append.api import PagedLayers, TouchedPages, append, close_
 from sgl_kvq.kernels.append.quantize import divisors, quotient
 from sgl_kvq.kernels.common.rotation import rotate_rows
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from testbed.formats import named_format
 from tests.support.attention import CHOSEN_BITS, random_rows
 
 SINKS = 4

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels.harness import named_format
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
 from sgl_kvq.attention.plan.upload import upload_extend
@@ -18,6 +17,7 @@ from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
+from testbed.formats import named_format
 from tests.support.attention import random_rows, relative_error
 from tests.support.torch_attention import TorchAttention
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from benchmarks.common.servers import (
+from testbed.servers import (
     Launch,
     Server,
     ServerError,

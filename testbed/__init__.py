@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: servers as processes, PD clusters, formats by their bits."""
