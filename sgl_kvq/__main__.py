@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "formats": ("sgl_kvq.commands.formats", "List the formats of --kv-quant."),
     "keys": ("sgl_kvq.commands.keys", "Make CURVE keys for PD transfer beyond one machine."),
+    "run": (
+        "sgl_kvq.commands.run",
+        "Run a program of SGLang, such as sglang.bench_one_batch, with --kv-quant.",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
     """
 
     _kvcache: QuantizedKVPool
+    on_clear: Callable[[], None] | None = None
+    """Called after everything was freed at once."""
 
     @property
     def store(self) -> PagedStore:
@@ -94,6 +97,8 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
         self.store.open_slots.clear()
         self.store.sink_slots.clear()
         super().clear()
+        if self.on_clear is not None:
+            self.on_clear()
 
 
 class KvqCpuPagedAllocator(KvqPagedAllocator, CpuPagedAllocator):

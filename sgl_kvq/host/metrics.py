@@ -1,8 +1,8 @@
 """Gauges of the quantized pool, in SGLang's own `/metrics`.
 
 They are set whenever SGLang sets its own (each prefill batch, every `--decode-log-interval` decode
-steps, on becoming idle). What only the device knows is copied without waiting for it; on a GPU a
-thread sets those gauges once the copy has arrived.
+steps, on becoming idle), and when the cache is flushed. What only the device knows is copied
+without waiting for it; on a GPU a thread sets those gauges once the copy has arrived.
 """
 
 from __future__ import annotations

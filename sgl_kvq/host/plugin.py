@@ -132,7 +132,9 @@ def _start_metrics(original: Callable[..., Any], reporter: Any) -> None:
     if collector is not None and quant_config(scheduler.server_args) is not None:
         from sgl_kvq.host.metrics import PoolMetrics
 
-        collector.kvq_metrics = PoolMetrics(scheduler.token_to_kv_pool_allocator, collector.labels)
+        allocator = scheduler.token_to_kv_pool_allocator
+        collector.kvq_metrics = PoolMetrics(allocator, collector.labels)
+        allocator.on_clear = collector.kvq_metrics.log
 
 
 def _log_stats(original: Callable[..., Any], collector: Any, stats: Any) -> None:

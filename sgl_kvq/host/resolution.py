@@ -55,7 +55,7 @@ def prepare(args: Any) -> None:
         ConfigError: names what does not fit.
     """
     check_version()
-    check_device()
+    check_device(args)
     check_options(args)
     quant_config(args)
     transfer_config(args)

@@ -37,13 +37,19 @@ def choose_graphs(args: Any) -> None:
         args.disable_cuda_graph = True
 
 
-def check_device() -> None:
-    """Refuse an accelerator that the kernels do not run on.
+def check_device(args: Any) -> None:
+    """Refuse an accelerator that the kernels do not run on, and options that need one.
+
+    Args:
+        args: SGLang's `ServerArgs` as the user gave them.
 
     Raises:
         ConfigError: says what is there.
     """
     if not torch.accelerator.is_available():
+        if args.enable_memory_saver:
+            # The scheduler would end with exit code 127: it preloads a library that links CUDA.
+            raise ConfigError("--enable-memory-saver: expected a GPU, got none; drop the option")
         return
     expected = "--kv-quant: expected a CPU, or an NVIDIA GPU of compute capability 8.0 or more"
     if torch.version.cuda is None or not torch.cuda.is_available():

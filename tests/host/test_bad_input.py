@@ -87,6 +87,12 @@ def test_options(
     assert expected in exit_line(prepare, *argv)
 
 
+@pytest.mark.usefixtures("cpu")
+def test_options_that_need_a_gpu(prepare: Callable[[list[str]], Any], tiny_model_path: str) -> None:
+    argv = ["--model-path", tiny_model_path, "--kv-quant", "hack2", "--enable-memory-saver"]
+    assert "--enable-memory-saver: expected a GPU, got none" in exit_line(prepare, *argv)
+
+
 def test_an_option_nobody_has_tried(
     prepare: Callable[[list[str]], Any], tiny_model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

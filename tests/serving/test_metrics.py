@@ -67,6 +67,15 @@ def test_pages_open_close_and_stay_cached(server: Server) -> None:
     assert idle["sink_slots_used"] == 1
 
 
+def test_a_flushed_cache_shows_at_once(server: Server) -> None:
+    generate(server, list(range(4000, 4150)), 10)
+    assert scrape_until(server, "open_pages", 0)["closed_pages"] >= 2
+    server.flush_cache()
+    found = scrape_until(server, "closed_pages", 0)
+    assert (found["closed_pages"], found["free_pages"]) == (0, PAGES)
+    assert (found["tokens_held"], found["sink_slots_used"]) == (0, 0)
+
+
 def test_a_running_request_holds_an_open_page(server: Server) -> None:
     server.flush_cache()
     payload = {
