@@ -15,7 +15,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import get_format
 from sgl_kvq.kernels.append.api import TouchedPages, append
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
-from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable, sink_rows_of
 
 HEADS, QUERIES_PER_HEAD, HEAD_DIM, SINK_TOKENS = 2, 4, 64, 4
 SEQ_LENS = (130, 65)  # three pages, of which two are closed; two pages, of which one is closed
@@ -29,15 +29,13 @@ def ints(*values: int) -> torch.Tensor:
 
 
 def empty_cache(layout: PageLayout) -> PagedCache:
-    """Storage of one layer: 5 pages and 2 open and sink slots, besides the padding entry 0."""
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=layout.row_dtype, device=DEVICE)
-
+    """Storage of one layer: 7 page rows and 2 open slots, besides the padding entry 0."""
+    pages = torch.zeros(8, layout.page_bytes, dtype=torch.uint8, device=DEVICE)
+    shape = (3, 2, PAGE_SIZE, HEADS, HEAD_DIM)
     return PagedCache(
-        pages=torch.zeros(6, layout.page_bytes, dtype=torch.uint8, device=DEVICE),
-        open_rows=zeros(3, 2, PAGE_SIZE, HEADS, HEAD_DIM),
-        sink_rows=zeros(3, 2, SINK_TOKENS, HEADS, HEAD_DIM),
+        pages=pages,
+        open_rows=torch.zeros(shape, dtype=layout.row_dtype, device=DEVICE),
+        sink_rows=sink_rows_of(pages, layout, SINK_TOKENS),
     )
 
 
@@ -56,11 +54,12 @@ def attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     layout = PageLayout(get_format(name), HEAD_DIM, HEADS)
     cache = empty_cache(layout)
     # Pages 4, 1 and 5 hold the first sequence, 2 and 3 the second. Full ones are quantized, the
-    # last one of each sequence goes to an open slot: rows 128 and 129, and row 64.
+    # last one of each sequence goes to an open slot: rows 128 and 129, and row 64. Page rows 6 and
+    # 7 hold the sink rows of the two first pages.
     touched = TouchedPages(
         pages=ints(4, 1, 5, 2, 3),
         slots=ints(1, 1, 1, 2, 2),
-        sink_slots=ints(1, 1, 1, 2, 2),
+        sink_pages=ints(6, 6, 6, 7, 7),
         prior=ints(0, 0, 0, 0, 0),
         first=ints(0, 0, 0, 0, 0),
         end=ints(64, 64, 2, 64, 1),
@@ -75,7 +74,7 @@ def attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
         kv_indices=ints(4, 1, 5, 2, 3),
         kv_last_page_len=ints(2, 1),
         open_slots=ints(1, 2),
-        sink_slots=ints(1, 2),
+        sink_pages=ints(6, 7),
     )
     workspace = DecodeWorkspace(len(q), q.shape[1], layout, DEVICE)
     out, _ = decode(q, cache, table, layout, SM_SCALE, workspace)

@@ -33,7 +33,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
-from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable, sink_rows_of
 from testbed.formats import named_format
 
 FORMATS = ("hack2", "kivi2", "hack4", "kivi4", "saw4")
@@ -53,10 +53,12 @@ def make_cache(layout: PageLayout, num_pages: int, batch: int) -> PagedCache:
     sample = encode_pages(k, v, sinks, layout)
     rows = (layout.num_kv_heads, layout.head_dim)
     slots = (batch + 1, 2)
+    sink_pages = torch.zeros((batch + 1, layout.page_bytes), dtype=torch.uint8, device="cuda")
+    sinks = sink_rows_of(sink_pages, layout, SINK_TOKENS).normal_()
     return PagedCache(
         pages=sample.repeat(-(-(num_pages + 1) // _SAMPLE_PAGES), 1)[: num_pages + 1].contiguous(),
         open_rows=torch.randn((*slots, PAGE_SIZE, *rows), device="cuda").to(layout.row_dtype),
-        sink_rows=torch.randn((*slots, SINK_TOKENS, *rows), device="cuda").to(layout.row_dtype),
+        sink_rows=sinks,
     )
 
 
@@ -70,7 +72,7 @@ def make_table(batch: int, length: int) -> PageTable:
         kv_indices=(torch.randperm(batch * pages, device="cuda") + 1).int(),
         kv_last_page_len=torch.full((batch,), (length - 1) % PAGE_SIZE + 1, **options),
         open_slots=slots,
-        sink_slots=slots,
+        sink_pages=slots,
     )
 
 

@@ -120,7 +120,7 @@ def pool_problems(found: dict[str, float]) -> list[str]:
     held = found["closed_pages"] + found["open_pages"]
     checks = {
         "more open pages than slots": found["open_pages"] > found["open_slots"],
-        "more sink rows than slots": found["sink_slots_used"] > found["sink_slots"],
+        "more sink rows than pages": found["sink_pages"] > held,
         "a negative count": min(found.values()) < 0,
         "tokens held are not those of the held pages": found["tokens_held"] != held * PAGE_SIZE,
         "pages take more bytes than the pool": held * PAGE_SIZE * found["bytes_per_token"]

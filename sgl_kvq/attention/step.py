@@ -52,4 +52,4 @@ def step_slots(store: PagedStore) -> SlotMaps:
     slot, or it gave it up in this very step, because its 64th token is among the fresh ones; the
     rows are still there, as nobody else writes before this step.
     """
-    return SlotMaps(store.open_slots.step_view(), store.sink_slots.step_view())
+    return SlotMaps(store.open_slots.step_view(), store.sink_pages.step_view())

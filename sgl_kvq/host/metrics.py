@@ -24,8 +24,7 @@ GAUGES = {
     "bytes_per_token": "Bytes of a token in a closed page, all layers of this rank.",
     "pool_bytes": "Bytes of the KV pool of this rank, open pages and sink rows included.",
     "open_slots": "Open pages that there is room for.",
-    "sink_slots": "First pages whose sink rows there is room for.",
-    "sink_slots_used": "First pages that keep sink rows.",
+    "sink_pages": "Page rows that hold the sink rows of first pages.",
 }
 CONTAINED = "contained_elements"
 """Counter of K and V elements that were not finite or too large, and were replaced."""
@@ -66,7 +65,7 @@ class PoolMetrics:
         pool = self._pool
         num_held = (pool.plan.num_tokens - self._allocator.available_size()) // PAGE_SIZE
         counts = torch.stack(
-            [pool.open_slots.count_used(), pool.sink_slots.count_used(), pool.num_contained]
+            [pool.open_slots.count_used(), pool.sink_pages.count_used(), pool.num_contained]
         )
         if not counts.is_cuda:
             self._set(num_held, counts)
@@ -81,7 +80,6 @@ class PoolMetrics:
         self._gauges["bytes_per_token"].set(plan.bytes_per_token)
         self._gauges["pool_bytes"].set(plan.total_bytes)
         self._gauges["open_slots"].set(plan.open_slots)
-        self._gauges["sink_slots"].set(plan.sink_slots)
 
     def _set(
         self, num_held: int, counts: torch.Tensor, copied: torch.cuda.Event | None = None
@@ -90,7 +88,7 @@ class PoolMetrics:
 
         Args:
             num_held: Pages that are not free.
-            counts: int64 [3] on the host: open slots used, sink slots used, elements contained.
+            counts: int64 [3] on the host: open slots used, sink pages, elements contained.
             copied: Wait for it before reading `counts`.
         """
         if copied is not None:
@@ -100,6 +98,6 @@ class PoolMetrics:
         self._gauges["open_pages"].set(num_open)
         self._gauges["free_pages"].set(self._pool.plan.num_pages - num_held)
         self._gauges["tokens_held"].set(num_held * PAGE_SIZE)
-        self._gauges["sink_slots_used"].set(num_sinks)
+        self._gauges["sink_pages"].set(num_sinks)
         self._contained.inc(num_contained - self._num_contained)
         self._num_contained = num_contained

@@ -113,17 +113,15 @@ def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: 
 
 
 def _alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_ours(tree_cache.token_to_kv_pool_allocator):
-        from sgl_kvq.host.allocator import make_room_for_first_pages
-
-        prefix_lens_cpu = calls.argument(original, "prefix_lens_cpu", tree_cache, *args, **kwargs)
-        make_room_for_first_pages(tree_cache, int((prefix_lens_cpu == 0).sum()))
+    _let_evict(tree_cache)
     return original(tree_cache, *args, **kwargs)
 
 
-def _is_ours(allocator: Any) -> bool:
-    """Whether an allocator belongs to a quantized pool; imports nothing where it does not."""
-    return type(allocator).__module__ == "sgl_kvq.host.allocator"
+def _let_evict(tree_cache: Any) -> None:
+    """Give a quantized pool's allocator the prefix cache that it may evict from."""
+    allocator = tree_cache.token_to_kv_pool_allocator
+    if hasattr(allocator, "evictable_cache"):
+        allocator.evictable_cache = tree_cache
 
 
 def _start_metrics(original: Callable[..., Any], reporter: Any) -> None:
@@ -145,11 +143,7 @@ def _log_stats(original: Callable[..., Any], collector: Any, stats: Any) -> None
 
 
 def _prealloc(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_ours(queue.tree_cache.token_to_kv_pool_allocator):
-        from sgl_kvq.host.allocator import make_room_for_first_pages
-
-        prefix_len = calls.argument(original, "prefix_len", queue, req, *args, **kwargs)
-        make_room_for_first_pages(queue.tree_cache, 0 if prefix_len else 1)
+    _let_evict(queue.tree_cache)
     return original(queue, req, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""How many pages, open slots and sink slots fit in a number of bytes (pure arithmetic)."""
+"""How many pages and open slots fit in a number of bytes (pure arithmetic)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from sgl_kvq.formats.page_layout import PageLayout
 PAGES_PER_OPEN_SLOT = 288
 """Default concurrency: one running request for 18,432 tokens of capacity."""
 
-PAGES_PER_SINK_SLOT = 48
-"""Distinct first pages the radix tree can hold: one for 3,072 tokens of capacity."""
-
 MAX_OPEN_SLOTS = 2048
 
 
@@ -22,9 +19,13 @@ MAX_OPEN_SLOTS = 2048
 class PoolPlan:
     """A sized pool of one rank. All counts are usable ones; each part has one padding entry more.
 
+    The page that holds position 0 of a sequence takes a second page row for its sink rows. Rows for
+    the running requests' first pages are set apart (`sink_pages`); those of cached sequences come
+    out of `num_pages`, so that bytes alone bound how many sequences are cached.
+
     Args:
         layouts: Of a page row in each layer of this rank; they differ in their codings only.
-        sink_tokens: Rows of a sink slot.
+        sink_tokens: Leading tokens of a sequence kept in 16 bits.
         num_pages: Pages for tokens.
         open_slots: Requests that can run at once.
     """
@@ -50,21 +51,24 @@ class PoolPlan:
         return self.num_pages * PAGE_SIZE
 
     @property
-    def sink_slots(self) -> int:
-        """First pages that can be closed at once: one a running request, and the cached ones."""
-        if self.sink_tokens == 0:
-            return 0
-        return self.open_slots + self.num_pages // PAGES_PER_SINK_SLOT
+    def sink_pages(self) -> int:
+        """Page rows set apart for sink rows: one for each running request."""
+        return self.open_slots if self.sink_tokens else 0
 
     @property
-    def sink_slot_bytes(self) -> int:
-        """Bytes of the sink rows of one first page, all layers."""
-        return self.layout.row_page_bytes * self.sink_tokens // PAGE_SIZE * self.num_layers
+    def num_rows(self) -> int:
+        """Usable page rows: pages for tokens and those set apart for sink rows."""
+        return self.num_pages + self.sink_pages
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one page, all layers."""
+        return sum(layout.page_bytes for layout in self.layouts)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of the pages, all layers."""
-        return (self.num_pages + 1) * sum(layout.page_bytes for layout in self.layouts)
+        """Bytes of all page rows, all layers."""
+        return (self.num_rows + 1) * self.row_bytes
 
     @property
     def bytes_per_token(self) -> float:
@@ -78,13 +82,13 @@ class PoolPlan:
 
     @property
     def sink_bytes(self) -> int:
-        """Bytes of sink rows, all layers."""
-        return (self.sink_slots + 1) * self.sink_slot_bytes
+        """Bytes of the page rows set apart for sink rows, all layers."""
+        return self.sink_pages * self.row_bytes
 
     @property
     def total_bytes(self) -> int:
         """Everything the pool allocates."""
-        return self.page_bytes + self.open_bytes + self.sink_bytes
+        return self.page_bytes + self.open_bytes
 
     @property
     def bf16_tokens(self) -> int:
@@ -98,7 +102,7 @@ class PoolPlan:
             f"--kv-quant {self.layout.format.name}: {self.bytes_per_token:,.0f} bytes/token in "
             f"closed pages, {self.num_tokens:,} tokens in {self.total_bytes / 2**30:.3f} GiB, "
             f"{gain:.2f}x what bf16 holds ({self.bf16_tokens:,}); open pages of up to "
-            f"{self.open_slots} running requests {self.open_bytes / 2**20:.1f} MiB, sink rows "
+            f"{self.open_slots} running requests {self.open_bytes / 2**20:.1f} MiB, their sinks "
             f"{self.sink_bytes / 2**20:.1f} MiB"
         )
 
@@ -123,8 +127,9 @@ def plan_pool(
         A plan with `total_bytes <= budget_bytes`.
 
     Raises:
-        ConfigError: not even a few pages fit.
+        ConfigError: not even a few pages fit, or sink rows do not fit in a page row.
     """
+    check_sink_tokens(layouts, sink_tokens)
 
     def plan(num_pages: int) -> PoolPlan:
         slots = open_slots
@@ -153,3 +158,22 @@ def plan_pool(
             "--max-running-requests"
         )
     return best
+
+
+def check_sink_tokens(layouts: tuple[PageLayout, ...], sink_tokens: int) -> None:
+    """Refuse more sink tokens than one page row holds in 16 bits.
+
+    Args:
+        layouts: Layout of a page row in each layer of this rank.
+        sink_tokens: Leading tokens of a sequence kept in 16 bits.
+
+    Raises:
+        ConfigError: says how many fit.
+    """
+    most = min(layout.page_bytes * PAGE_SIZE // layout.row_page_bytes for layout in layouts)
+    if sink_tokens > most:
+        raise ConfigError(
+            f"--kv-quant-sink-tokens: expected at most {most} with --kv-quant "
+            f"{layouts[0].format.name}, whose pages hold that many rows in 16 bits, got "
+            f"{sink_tokens}; lower it"
+        )

@@ -10,16 +10,17 @@ import torch
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.memory_pool.capacity import PoolPlan
+from sgl_kvq.memory_pool.sinks import SinkPages
 from sgl_kvq.memory_pool.slots import SlotTable
-from sgl_kvq.memory_pool.storage import PagedCache
+from sgl_kvq.memory_pool.storage import PagedCache, sink_rows_of
 
 
 class PagedStore:
     """Closed pages as opaque bytes, open pages and sink tokens as 16-bit rows.
 
     One uint8 row a page and layer holds codes, scales and minima. The allocator says which pages
-    hold an open slot (a running request writes them) and which a sink slot (they hold position 0 of
-    a sequence); both go with the page when it is freed.
+    hold an open slot (a running request writes them) and which a further page row for sink rows
+    (they hold position 0 of a sequence); both go with the page when it is freed.
 
     Args:
         plan: Sizes.
@@ -30,7 +31,7 @@ class PagedStore:
     Attributes:
         layers: Storage of each layer of this rank, in order.
         open_slots: Slots of pages that are still written.
-        sink_slots: Slots of sink rows of first pages.
+        sink_pages: Page rows that hold the sink rows of first pages.
         num_contained: int64 scalar on the device, elements replaced because no code could hold
             them (not finite, or too large).
     """
@@ -46,8 +47,8 @@ class PagedStore:
         self.start_layer = start_layer
         with region or nullcontext():
             self.layers = [self._allocate_layer(layout) for layout in plan.layouts]
-        self.open_slots = SlotTable("open pages", plan.open_slots, plan.num_pages, device)
-        self.sink_slots = SlotTable("sink rows", plan.sink_slots, plan.num_pages, device)
+        self.open_slots = SlotTable("open pages", plan.open_slots, plan.num_rows, device)
+        self.sink_pages = SinkPages(plan.num_rows, device)
         self.num_contained = torch.zeros((), dtype=torch.int64, device=device)
 
     def _allocate_layer(self, layout: PageLayout) -> PagedCache:
@@ -56,10 +57,11 @@ class PagedStore:
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
+        pages = zeros(torch.uint8, plan.num_rows + 1, layout.page_bytes)
         return PagedCache(
-            pages=zeros(torch.uint8, plan.num_pages + 1, layout.page_bytes),
+            pages=pages,
             open_rows=zeros(layout.row_dtype, plan.open_slots + 1, 2, PAGE_SIZE, *heads),
-            sink_rows=zeros(layout.row_dtype, plan.sink_slots + 1, 2, plan.sink_tokens, *heads),
+            sink_rows=sink_rows_of(pages, layout, plan.sink_tokens),
         )
 
     def layer(self, layer_id: int) -> PagedCache:
@@ -81,12 +83,12 @@ class PagedStore:
         """
         pages = slots[::PAGE_SIZE].long() // PAGE_SIZE
         open_slot = self.open_slots.held_slot(pages[-1:])
-        sink_slot = self.sink_slots.held_slot(pages[:1])
+        sink_row = self.sink_pages.held_slot(pages[:1])
         return {
             "num_tokens": len(slots),
             "pages": [layer.pages[pages].cpu() for layer in self.layers],
             "open_rows": [layer.open_rows[open_slot].cpu() for layer in self.layers],
-            "sink_rows": [layer.sink_rows[sink_slot].cpu() for layer in self.layers],
+            "sink_rows": [layer.sink_rows[sink_row].cpu() for layer in self.layers],
         }
 
     def copy_from_host(self, copy: dict[str, Any], slots: torch.Tensor) -> None:
@@ -103,11 +105,11 @@ class PagedStore:
             raise ValueError(f"indices: expected {copy['num_tokens']} slots, got {len(slots)}")
         pages = slots[::PAGE_SIZE].long() // PAGE_SIZE
         open_slot = self.open_slots.held_slot(pages[-1:])
-        sink_slot = self.sink_slots.held_slot(pages[:1])
+        sink_row = self.sink_pages.held_slot(pages[:1])
         for i, layer in enumerate(self.layers):
             layer.pages[pages] = copy["pages"][i].to(self.device)
             layer.open_rows[open_slot] = copy["open_rows"][i].to(self.device)
-            layer.sink_rows[sink_slot] = copy["sink_rows"][i].to(self.device)
+            layer.sink_rows[sink_row] = copy["sink_rows"][i].to(self.device)
 
     def move(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Move tokens between slots: rows inside open pages, or whole closed pages.
@@ -140,9 +142,7 @@ class PagedStore:
         self._move_pages(target_pages[::PAGE_SIZE], source_pages[::PAGE_SIZE])
 
     def _move_pages(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target_sinks, source_sinks = (
-            self.sink_slots.held_slot(pages) for pages in (target, source)
-        )
+        target_sinks, source_sinks = map(self.sink_pages.held_slot, (target, source))
         both = (target_sinks > 0) & (source_sinks > 0)
         for layer in self.layers:
             layer.pages[target] = layer.pages[source]

@@ -9,6 +9,7 @@ import torch
 
 from sgl_kvq.attention.step import step_slots
 from tests.support.growing_requests import make_store
+from tests.support.sink_rows import give_sink_rows
 
 PACKAGE = Path(__file__).parent.parent.parent / "sgl_kvq"
 
@@ -19,12 +20,12 @@ def test_a_step_finds_the_slot_that_its_page_gives_up() -> None:
     slots = step_slots(store)
     page = torch.tensor([7])
     store.open_slots.acquire(page)
-    store.sink_slots.acquire(page)
+    row = give_sink_rows(store, page)
     held = int(store.open_slots.held_slot(page))
     store.open_slots.release(page)
     assert int(slots.open_slot_of[7]) == held > 0
     assert int(store.open_slots.held_slot(page)) == 0
-    assert int(slots.sink_slot_of[7]) == int(store.sink_slots.held_slot(page))
+    assert int(slots.sink_page_of[7]) == row
     store.open_slots.clear()
     assert not slots.open_slot_of.any()
 

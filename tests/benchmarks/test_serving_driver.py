@@ -106,14 +106,13 @@ def test_contradictions_among_the_pool_s_metrics_are_found() -> None:
         "bytes_per_token": 84,
         "pool_bytes": 400_000,
         "open_slots": 4,
-        "sink_slots": 9,
-        "sink_slots_used": 9,
+        "sink_pages": 9,
         "contained_elements_total": 0,
     }
     assert pool_problems(right) == []
     for name, value in (
         ("open_pages", 5),
-        ("sink_slots_used", 10),
+        ("sink_pages", 35),
         ("free_pages", -1),
         ("tokens_held", 33 * 64),
         ("pool_bytes", 100_000),

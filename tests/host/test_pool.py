@@ -31,7 +31,7 @@ def extend(
 
 
 def used(pool: QuantizedKVPool) -> tuple[int, int]:
-    return pool.store.open_slots.num_used(), pool.store.sink_slots.num_used()
+    return pool.store.open_slots.num_used(), pool.store.sink_pages.num_used()
 
 
 def test_life_of_a_request() -> None:
@@ -112,7 +112,7 @@ def test_cpu_copy_brings_a_request_back_elsewhere() -> None:
         assert torch.equal(layer.pages[pages], copy["pages"][layer_id])
         slot = pool.store.open_slots.held_slot(pages[-1:])
         assert torch.equal(layer.open_rows[slot], copy["open_rows"][layer_id])
-        sink = pool.store.sink_slots.held_slot(pages[:1])
+        sink = pool.store.sink_pages.held_slot(pages[:1])
         assert torch.equal(layer.sink_rows[sink], copy["sink_rows"][layer_id])
     with pytest.raises(ValueError, match="expected 150 slots, got 149"):
         pool.load_cpu_copy(copy, new[:-1])
@@ -154,7 +154,7 @@ def test_move_kv_cache() -> None:
         assert torch.equal(pool.store.layer(i).open_rows[slot_b, :, 0:6], rows[i][slot_a, :, 6:12])
     page_a, page_b = int(a[0]) // PAGE_SIZE, int(b[0]) // PAGE_SIZE
     pool.move_kv_cache(b[:64], a[:64])
-    sink_a, sink_b = (int(pool.store.sink_slots.step_view()[p]) for p in (page_a, page_b))
+    sink_a, sink_b = (int(pool.store.sink_pages.step_view()[p]) for p in (page_a, page_b))
     for i in range(2):
         layer = pool.store.layer(i)
         assert torch.equal(layer.pages[page_b], layer.pages[page_a])
@@ -197,6 +197,6 @@ def test_contiguous_buffers_describe_one_row_a_page_and_layer() -> None:
     addresses, sizes, item_sizes = pool.get_contiguous_buf_infos()
     assert len(addresses) == len(set(addresses)) == 3
     assert item_sizes == [layout.page_bytes] * 3
-    assert sizes == [(pool.plan.num_pages + 1) * layout.page_bytes] * 3
+    assert sizes == [(pool.plan.num_rows + 1) * layout.page_bytes] * 3
     assert pool.store.layer(6).pages.data_ptr() == addresses[1]
     assert pool.store.layer(5).open_rows.dtype == torch.bfloat16

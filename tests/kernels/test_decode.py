@@ -78,7 +78,7 @@ def test_the_rest_of_the_batch_does_not_matter() -> None:
             kv_indices=data.table.kv_indices[indptr[0] : indptr[1]],
             kv_last_page_len=data.table.kv_last_page_len[i : i + 1],
             open_slots=data.table.open_slots[i : i + 1],
-            sink_slots=data.table.sink_slots[i : i + 1],
+            sink_pages=data.table.sink_pages[i : i + 1],
         )
         plan = cpu.plan_decode(alone, 4)
         out, _ = cpu.decode(q[i : i + 1], data.cache, plan, data.layout, 0.125)

@@ -15,6 +15,7 @@ from sgl_kvq.kernels.extend.passes import ExtendPlan
 from sgl_kvq.kernels.extend.reference import extend
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from tests.support.attention import random_rows, relative_error
+from tests.support.sink_rows import empty_sink_rows
 
 HEADS, GROUP, HEAD_DIM, SINKS = 2, 3, 64, 4
 
@@ -24,7 +25,7 @@ def poisoned_cache(layout: PageLayout, num_pages: int) -> PagedCache:
     return PagedCache(
         pages=torch.full((num_pages + 1, layout.page_bytes), 0xFF, dtype=torch.uint8),
         open_rows=torch.full((4, *rows), torch.nan, dtype=torch.bfloat16),
-        sink_rows=torch.full((4, 2, SINKS, HEADS, HEAD_DIM), torch.nan, dtype=torch.bfloat16),
+        sink_rows=empty_sink_rows(layout, 4, SINKS, "cpu"),
     )
 
 

@@ -29,7 +29,7 @@ def test_plan_is_what_the_pool_allocates(name: str, sink_tokens: int) -> None:
     layout = PageLayout(get_format(name), 64, 2)
     plan = plan_pool(8 << 20, (layout,) * 2, sink_tokens, open_slots=5)
     pool = PagedStore(plan, device="cpu")
-    tensors = [t for i in range(2) for t in vars(pool.layer(i)).values()]
+    tensors = [t for i in range(2) for t in (pool.layer(i).pages, pool.layer(i).open_rows)]
     assert sum(t.nbytes for t in tensors) == plan.total_bytes
     one_more = plan_pool(8 << 20, (layout,) * 2, sink_tokens, 5, max_tokens=plan.num_tokens + 64)
     assert one_more.num_pages == plan.num_pages  # nothing fits any more
@@ -39,7 +39,7 @@ def test_layers_may_have_pages_of_different_sizes() -> None:
     layouts = tuple(PageLayout(kvq_format("kvq2", *bits), 64, 2) for bits in BITS_BY_LAYER)
     plan = plan_pool(8 << 20, layouts, 4, open_slots=5)
     pool = PagedStore(plan, device="cpu", start_layer=7)
-    tensors = [t for layer in pool.layers for t in vars(layer).values()]
+    tensors = [t for layer in pool.layers for t in (layer.pages, layer.open_rows)]
     assert sum(t.nbytes for t in tensors) == plan.total_bytes <= 8 << 20
     small, _, large = (layout.page_bytes for layout in layouts)
     assert pool.layout_of(9) == layouts[2]

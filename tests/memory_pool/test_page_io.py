@@ -13,6 +13,7 @@ from sgl_kvq.errors import SlotNotHeldError, SpanError
 from sgl_kvq.memory_pool.page_io.base import PoolAccess
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.memory_pool.page_io.span import HeadRange, PageSpan, SpanKind
+from tests.support.sink_rows import give_sink_rows, take_back
 from tests.support.transfer_pair import NUM_HEADS, NUM_LAYERS, SINK_TOKENS, make_pool
 
 HEADS = HeadRange(0, NUM_HEADS)
@@ -59,15 +60,22 @@ def test_rows_of_a_page_that_gave_its_slot_up_cannot_be_reached(kind: SpanKind) 
     """The next owner's rows lie in that slot: they are neither read nor written over."""
     pool = make_pool(seed=1)
     access = open_pool(pool, HEADS)
-    table = pool.open_slots if kind is SpanKind.OPEN_ROWS else pool.sink_slots
     num_rows = 7 if kind is SpanKind.OPEN_ROWS else SINK_TOKENS
     old = PageSpan(kind, np.array([3]), 0, NUM_LAYERS, num_rows)
     new = old._replace(pages=np.array([8]))
-    table.acquire(torch.tensor([3]))
-    mine = read(access, old)
-    table.release(torch.tensor([3]))
-    table.acquire(torch.tensor([8]))
-    assert table.step_view()[3] == table.held_slot(torch.tensor([8]))  # the stale entry
+    first, second = torch.tensor([3]), torch.tensor([8])
+    if kind is SpanKind.OPEN_ROWS:
+        pool.open_slots.acquire(first)
+        mine = read(access, old)
+        pool.open_slots.release(first)
+        pool.open_slots.acquire(second)
+        view, held = pool.open_slots.step_view(), pool.open_slots.held_slot(second)
+        assert view[3] == held  # the stale entry
+    else:
+        row = give_sink_rows(pool, first)
+        mine = read(access, old)
+        take_back(pool, first)
+        assert give_sink_rows(pool, second) == row
     theirs = read(access, new)
     assert (mine == theirs).all()
     for attempt in (

@@ -64,7 +64,7 @@ def test_pages_open_close_and_stay_cached(server: Server) -> None:
     idle = scrape_until(server, "open_pages", 0)
     assert (idle["closed_pages"], idle["open_pages"], idle["free_pages"]) == (2, 0, PAGES - 2)
     assert idle["tokens_held"] == 128
-    assert idle["sink_slots_used"] == 1
+    assert idle["sink_pages"] == 1
 
 
 def test_a_flushed_cache_shows_at_once(server: Server) -> None:
@@ -73,7 +73,7 @@ def test_a_flushed_cache_shows_at_once(server: Server) -> None:
     server.flush_cache()
     found = scrape_until(server, "closed_pages", 0)
     assert (found["closed_pages"], found["free_pages"]) == (0, PAGES)
-    assert (found["tokens_held"], found["sink_slots_used"]) == (0, 0)
+    assert (found["tokens_held"], found["sink_pages"]) == (0, 0)
 
 
 def test_a_running_request_holds_an_open_page(server: Server) -> None:

@@ -12,6 +12,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 from testbed.formats import named_format
+from tests.support.sink_rows import empty_sink_rows
 
 CHOSEN_BITS = ("4:2:2", "2:16:2", "2:5:4", "4:16:4")
 """Members of the kvq family that only a calibrated file asks for: K, outlier sixteenths, V."""
@@ -67,9 +68,7 @@ def random_cache(
     open_rows = torch.full(
         (*rows, PAGE_SIZE, num_kv_heads, head_dim), torch.nan, dtype=torch.bfloat16
     )
-    sink_rows = torch.full(
-        (*rows, sink_tokens, num_kv_heads, head_dim), torch.nan, dtype=torch.bfloat16
-    )
+    sink_rows = empty_sink_rows(layout, 2 * batch + 1, sink_tokens, "cpu")
     dequantized = [
         decode(encoded, layout).double().transpose(1, 2) for decode in (decode_keys, decode_values)
     ]
@@ -92,7 +91,7 @@ def random_cache(
         kv_indices=kv_indices.int(),
         kv_last_page_len=torch.tensor(seq_lens, dtype=torch.int32).sub(1).remainder(PAGE_SIZE) + 1,
         open_slots=slots.int(),
-        sink_slots=slots.int(),
+        sink_pages=slots.int(),
     )
     return RandomCache(layout, PagedCache(pages, open_rows, sink_rows), table, seen)
 

@@ -13,6 +13,7 @@ from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.store import PagedStore
 from testbed.formats import named_format
 from tests.support.attention import random_rows
+from tests.support.sink_rows import give_sink_rows
 
 HEADS, GROUP, HEAD_DIM, SINKS, NUM_LAYERS = 2, 3, 64, 4, 2
 MAX_LEN, MAX_BATCH = 512, 8
@@ -108,7 +109,7 @@ class GrowingRequests:
         before = self.pages[request][[prefix_len // PAGE_SIZE]] if prefix_len % PAGE_SIZE else None
         last = self.pages[request][[(seq_len - 1) // PAGE_SIZE]]
         if prefix_len == 0:
-            self.store.sink_slots.acquire(last.new_tensor([int(self.pages[request][0])]))
+            give_sink_rows(self.store, self.pages[request][:1])
         if before is None:
             if seq_len % PAGE_SIZE:
                 slots.acquire(last)

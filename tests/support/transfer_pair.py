@@ -30,6 +30,7 @@ from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
 from sgl_kvq.transfer.runtime.request_state import RequestState
+from tests.support.sink_rows import give_sink_rows
 
 NUM_LAYERS = 3
 NUM_HEADS = 4
@@ -223,7 +224,7 @@ def take_pages(pool: PagedStore, num_tokens: int, first: int) -> torch.Tensor:
     pages = first + torch.randperm(count)
     if num_tokens % PAGE_SIZE:
         pool.open_slots.acquire(pages[-1:].to(pool.device))
-    pool.sink_slots.acquire(pages[:1].to(pool.device))
+    give_sink_rows(pool, pages[:1])
     return pages
 
 
@@ -247,8 +248,8 @@ def assert_equal(
             b = other.open_rows[target.pool.open_slots.held_slot(got[-1:]), :, :num_rows, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
-            a = mine.sink_rows[source.pool.sink_slots.held_slot(sent[:1]), :, :, ours]
-            b = other.sink_rows[target.pool.sink_slots.held_slot(got[:1]), :, :, theirs]
+            a = mine.sink_rows[source.pool.sink_pages.held_slot(sent[:1]), :, :, ours]
+            b = other.sink_rows[target.pool.sink_pages.held_slot(got[:1]), :, :, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
 
 

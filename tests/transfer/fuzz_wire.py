@@ -27,6 +27,7 @@ from sgl_kvq.errors import SpanError, WireError
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.runtime.request_state import RequestState
+from tests.support.sink_rows import give_sink_rows
 from tests.support.transfer_pair import make_pool
 
 FINGERPRINT, NONCE, ROOM = 11, 12, 13
@@ -35,7 +36,7 @@ POOL = make_pool(num_pages=12)
 ACCESS = open_pool(POOL, HeadRange(0, 4))
 PAGES = torch.tensor([3, 5, 7])
 POOL.open_slots.acquire(PAGES[-1:])
-POOL.sink_slots.acquire(PAGES[:1])
+SINK_ROW = give_sink_rows(POOL, PAGES[:1])
 
 
 def part() -> assembly.IncomingPart:
@@ -56,14 +57,13 @@ def part() -> assembly.IncomingPart:
 
 def outside() -> list[torch.Tensor]:
     """Everything in the pool that the transfer must not touch."""
-    pages = torch.ones(POOL.plan.num_pages + 1, dtype=torch.bool)
-    pages[PAGES[:-1]] = False
+    pages = torch.ones(POOL.plan.num_rows + 1, dtype=torch.bool)
+    pages[[*PAGES[:-1].tolist(), SINK_ROW]] = False
     parts = []
     for layer in POOL.layers:
         parts.append(layer.pages[pages])
-        for rows, table in ((layer.open_rows, POOL.open_slots), (layer.sink_rows, POOL.sink_slots)):
-            free = table._owner <= 0
-            parts.append(rows[free].view(torch.uint8))
+        free = POOL.open_slots._owner <= 0
+        parts.append(layer.open_rows[free].view(torch.uint8))
     return parts
 
 

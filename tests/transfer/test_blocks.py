@@ -16,6 +16,7 @@ from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, heads_of_rank
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, BlockKind
+from tests.support.sink_rows import take_back
 from tests.support.transfer_pair import (
     NUM_HEADS,
     NUM_LAYERS,
@@ -97,8 +98,7 @@ def test_buffers_are_used_again_and_all_come_back() -> None:
         for room in range(1, 4):
             ship(prefill, decode, room, 1000)
             for pool in (prefill.pool, decode.pool):
-                pool.open_slots.release(torch.arange(pool.plan.num_pages))
-                pool.sink_slots.release(torch.arange(pool.plan.num_pages))
+                take_back(pool, torch.arange(pool.plan.num_pages))
         wait_for(lambda: not prefill.thread.rooms)
         assert sum(map(len, prefill.thread._buffers._free.values())) == len(made)
         assert len(made) <= CONFIG.window_bytes // CONFIG.block_bytes + 8

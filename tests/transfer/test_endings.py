@@ -11,6 +11,7 @@ import torch
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.transfer.options import TransferConfig
 from tests.support.proxy import Proxy
+from tests.support.sink_rows import give_sink_rows
 from tests.support.transfer_pair import (
     DecodeSide,
     PrefillSide,
@@ -32,7 +33,7 @@ def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
     pages = torch.arange(1, 61)  # 12 MB, more than the sockets' buffers take
     with stopped(prefill, decode):
         for pool in (prefill.pool, decode.pool):
-            pool.sink_slots.acquire(pages[:1])
+            give_sink_rows(pool, pages[:1])
         prefill.open(1)
         decode.announce(1, [proxy.endpoint])
         decode.start(1, pages)
@@ -71,7 +72,7 @@ def test_a_slow_decode_instance_slows_only_itself() -> None:
         wait_for(lambda: 1 in prefill.requested)
         slow.thread.post(gate.wait)  # it takes nothing from its socket from now on
         prefill.send(1, sent, num_tokens)
-        prefill.pool.sink_slots.acquire(torch.tensor([60]))
+        give_sink_rows(prefill.pool, torch.tensor([60]))
         began = time.monotonic()
         ship(prefill, quick, 2, 600, first=30)
         assert time.monotonic() - began < 3.0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sgl_kvq.transfer.options import TransferConfig
+from tests.support.sink_rows import take_back
 from tests.support.transfer_pair import (
     DecodeSide,
     PrefillSide,
@@ -60,9 +61,7 @@ def begin(
         prefill.close(room)
         decode.close(room)
         for pool, pages in ((prefill.pool, sent), (decode.pool, got)):
-            on_device = pages.to(pool.device)
-            pool.open_slots.release(on_device)
-            pool.sink_slots.release(on_device)
+            take_back(pool, pages.to(pool.device))
 
     return finish
 

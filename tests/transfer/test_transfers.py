@@ -15,6 +15,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import HEADER_BYTES
 from sgl_kvq.transfer.runtime.event_loop import TICK_S
+from tests.support.sink_rows import take_back
 from tests.support.transfer_pair import (
     METADATA,
     DecodeSide,
@@ -35,17 +36,17 @@ def test_every_byte_arrives_and_no_other_is_touched(format_name: str) -> None:
     decode = DecodeSide(CONFIG, format_name=format_name)
     with stopped(prefill, decode):
         for room, num_tokens in enumerate((1, 63, 64, 65, 1000), 1):
-            touched = torch.zeros(decode.pool.plan.num_pages + 1, dtype=torch.bool)
+            touched = torch.zeros(decode.pool.plan.num_rows + 1, dtype=torch.bool)
             before = [layer.pages.clone() for layer in decode.pool.layers]
             sent, got = ship(prefill, decode, room, num_tokens)
             assert_equal(prefill, sent, decode, got, num_tokens)
             assert decode.metadata[room] == METADATA
             touched[got] = True
+            touched[decode.pool.sink_pages.held_slot(got[:1])] = True
             for layer, old in zip(decode.pool.layers, before, strict=True):
                 assert torch.equal(layer.pages[~touched], old[~touched])
             for pool, pages in ((prefill.pool, sent), (decode.pool, got)):
-                pool.open_slots.release(pages)
-                pool.sink_slots.release(pages)
+                take_back(pool, pages)
         wait_for(lambda: not prefill.thread.rooms)
         assert all(not connection.in_use for connection in decode.thread.connections.values())
         assert all(peer.bytes_in_flight == 0 for peer in prefill.thread.peers.values())

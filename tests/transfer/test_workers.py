@@ -19,6 +19,7 @@ from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, payload_che
 from sgl_kvq.transfer.runtime import workers
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import MIN_POOLED_BYTES, Job, WorkerPool
+from tests.support.sink_rows import take_back
 from tests.support.transfer_pair import (
     NUM_HEADS,
     DecodeSide,
@@ -97,8 +98,7 @@ def test_every_byte_arrives(format_name: str, monkeypatch: pytest.MonkeyPatch) -
             sent, got = ship(prefill, decode, room, num_tokens)
             assert_equal(prefill, sent, decode, got, num_tokens)
             for pool, pages in ((prefill.pool, sent), (decode.pool, got)):
-                pool.open_slots.release(pages)
-                pool.sink_slots.release(pages)
+                take_back(pool, pages)
         assert len(transfer_threads()) == 6
     assert not transfer_threads()
     assert {"OutgoingBlock in kvq-transfer-worker", "IncomingBlock in kvq-transfer-worker"} <= ran

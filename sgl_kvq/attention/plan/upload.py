@@ -88,17 +88,17 @@ def upload_extend(
     rows = req_pool_indices.long()[columns["request"].long()]
     pages = req_to_token[rows, page_index * PAGE_SIZE].int() // PAGE_SIZE
     is_first = (page_index == 0).int()
-    sink_slots = slots.sink_slot_of[pages].int() * is_first
+    sink_pages = slots.sink_page_of[pages].int() * is_first
 
     sizes = [len(fill.page) for fill in fills]
     count = len(touched.page)
     open_slots = slots.open_slot_of[pages[:count]].int()
-    parts = (pages[count:], sink_slots[count:], columns["touched"], columns["target"])
+    parts = (pages[count:], sink_pages[count:], columns["touched"], columns["target"])
     return ExtendBatch(
         touched=TouchedPages(
             pages=pages[:count],
             slots=open_slots,
-            sink_slots=sink_slots[:count],
+            sink_pages=sink_pages[:count],
             prior=columns["prior"],
             first=columns["first"],
             end=columns["end"],

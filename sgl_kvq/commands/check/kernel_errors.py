@@ -15,7 +15,7 @@ from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
 from sgl_kvq.kernels.append.touched import TouchedPages
-from sgl_kvq.memory_pool.storage import PagedCache, PageTable
+from sgl_kvq.memory_pool.storage import PagedCache, PageTable, sink_rows_of
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def _empty_cache(layout: PageLayout, sample: Sample, device: str) -> PagedCache:
             (int(sample.pages.max()) + 1, layout.page_bytes), dtype=torch.uint8, device=device
         ),
         open_rows=torch.zeros((slots, 2, PAGE_SIZE, *rows), dtype=layout.row_dtype, device=device),
-        sink_rows=torch.zeros(
-            (slots, 2, SINK_TOKENS, *rows), dtype=layout.row_dtype, device=device
+        sink_rows=sink_rows_of(
+            torch.zeros((slots, layout.page_bytes), dtype=torch.uint8, device=device),
+            layout,
+            SINK_TOKENS,
         ),
     )
 
@@ -105,7 +107,7 @@ def _append(cache: PagedCache, layout: PageLayout, sample: Sample, use_kernels: 
     fields = {
         "pages": sample.pages,
         "slots": _slots(sample.is_last),
-        "sink_slots": _slots(sample.is_first),
+        "sink_pages": _slots(sample.is_first),
         "prior": zeros,
         "first": zeros,
         "end": lengths,
@@ -154,7 +156,7 @@ def _page_table(sample: Sample, device: str) -> PageTable:
         "kv_indices": sample.pages,
         "kv_last_page_len": torch.tensor(sample.lengths)[last],
         "open_slots": _slots(sample.is_last)[last],
-        "sink_slots": _slots(sample.is_first)[first],
+        "sink_pages": _slots(sample.is_first)[first],
     }
     return PageTable(**{name: value.to(device, torch.int32) for name, value in fields.items()})
 

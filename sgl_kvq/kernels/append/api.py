@@ -70,7 +70,7 @@ def append(
     grid = (len(touched.pages), layout.num_kv_heads, 2)
     _append_fwd_kernel[grid](
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        touched.pages, touched.slots, touched.sink_slots, touched.prior, touched.first,
+        touched.pages, touched.slots, touched.sink_pages, touched.prior, touched.first,
         touched.end, touched.start, touched.is_first,
         cache.pages, cache.open_rows, prior_rows, cache.sink_rows, num_contained,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
@@ -99,7 +99,7 @@ def close_pages(
     _close_fwd_kernel[(min(CLOSE_PROGRAMS, pieces),)](
         layers.displacements, cache.pages, cache.open_rows, cache.sink_rows,
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
-        table.sink_slots, num_contained, batch, num_layers,
+        table.sink_pages, num_contained, batch, num_layers,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

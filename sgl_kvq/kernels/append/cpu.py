@@ -21,13 +21,13 @@ class ClosingPages:
         rows: int64 [n], where their rows lie: an open slot (decode) or a touched page (extend).
         pages: int64 [n], where their bytes go.
         first: int64 [m], which of the n hold position 0.
-        sink_slots: int64 [m], where the sink rows of those go.
+        sink_pages: int64 [m], where the sink rows of those go.
     """
 
     rows: torch.Tensor
     pages: torch.Tensor
     first: torch.Tensor
-    sink_slots: torch.Tensor
+    sink_pages: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plan_append_decode(table: PageTable) -> DecodeAppend:
             rows=slots[closes],
             pages=last_pages.long(),
             first=first,
-            sink_slots=table.sink_slots.long()[closes][first],
+            sink_pages=table.sink_pages.long()[closes][first],
         ),
     )
 
@@ -120,7 +120,7 @@ def plan_append_extend(touched: TouchedPages, resumed_slots: torch.Tensor) -> Ex
             rows=page[fills],
             pages=touched.pages[fills].long(),
             first=is_first.nonzero().squeeze(1),
-            sink_slots=touched.sink_slots[fills][is_first].long(),
+            sink_pages=touched.sink_pages[fills][is_first].long(),
         ),
     )
 
@@ -182,5 +182,5 @@ def _close_pages(
     num_sinks[closing.first] = cache.sink_tokens
     k, v = rows.unbind(1)
     cache.pages[closing.pages] = encode_pages(k, v, num_sinks, layout)
-    cache.sink_rows[closing.sink_slots] = rows[closing.first, :, : cache.sink_tokens]
+    cache.sink_rows[closing.sink_pages] = rows[closing.first, :, : cache.sink_tokens]
     return num_contained

@@ -18,18 +18,18 @@ LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 BLOCK: tl.constexpr = tl.constexpr(256)
 # Index tensors, whose address must not make Triton compile another variant.
 TOUCHED = (
-    *("page_ptr", "slot_ptr", "sink_slot_ptr", "prior_ptr", "first_ptr", "end_ptr", "start_ptr"),
+    *("page_ptr", "slot_ptr", "sink_page_ptr", "prior_ptr", "first_ptr", "end_ptr", "start_ptr"),
     "is_first_ptr",
 )
 PAGE_TABLE = (
     *("kv_indptr_ptr", "kv_indices_ptr", "kv_last_page_len_ptr", "open_slots_ptr"),
-    *("sink_slots_ptr", "displacements_ptr"),
+    *("sink_pages_ptr", "displacements_ptr"),
 )
 
 
 @triton.jit
 def _close_page(
-    x, channel, valid, which: tl.constexpr, head, page, sink_slot, is_first_page,
+    x, channel, valid, which: tl.constexpr, head, page, sink_page, is_first_page,
     pages_ptr, sink_rows_ptr, num_contained_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _close_page(
         tl.atomic_add(num_contained_ptr, count.to(tl.int64))
     num_sinks = tl.where(is_first_page, SINKS, 0)
     if SINKS > 0 and is_first_page:
-        at = sink_slot.to(tl.int64) * (2 * SINKS * ROW) + which * SINKS * ROW
+        at = sink_page.to(tl.int64) * (SPEC.page_bytes // 2) + which * SINKS * ROW
         ptrs = sink_rows_ptr + at + tokens[:, None] * ROW + head * D + channel[None, :]
         mask = (tokens < SINKS)[:, None] & valid[None, :]
         tl.store(ptrs, wide.to(x.dtype), mask=mask)
@@ -69,7 +69,7 @@ def _positions(CODING: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def _append_tensor(
-    fresh_ptr, stride_t, stride_h, which: tl.constexpr, head, page, slot, sink_slot, prior,
+    fresh_ptr, stride_t, stride_h, which: tl.constexpr, head, page, slot, sink_page, prior,
     first, end, start, is_first_page,
     pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
@@ -89,7 +89,7 @@ def _append_tensor(
         earlier = tl.load(ptrs, mask=(tokens < first)[:, None] & valid[None, :], other=0.0)
         x = tl.where((tokens < first)[:, None], earlier, x)
         _close_page(
-            x, channel, valid, which, head, page, sink_slot, is_first_page,
+            x, channel, valid, which, head, page, sink_page, is_first_page,
             pages_ptr, sink_rows_ptr, num_contained_ptr, SINKS, CODING, SPEC,
         )  # fmt: skip
     else:
@@ -100,7 +100,7 @@ def _append_tensor(
 @triton.jit(do_not_specialize_on_alignment=TOUCHED)
 def _append_fwd_kernel(
     k_ptr, v_ptr, stride_kt, stride_kh, stride_vt, stride_vh,
-    page_ptr, slot_ptr, sink_slot_ptr, prior_ptr, first_ptr, end_ptr, start_ptr, is_first_ptr,
+    page_ptr, slot_ptr, sink_page_ptr, prior_ptr, first_ptr, end_ptr, start_ptr, is_first_ptr,
     pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
     SINKS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _append_fwd_kernel(
     head = tl.program_id(1)
     page = tl.load(page_ptr + touched)
     slot = tl.load(slot_ptr + touched)
-    sink_slot = tl.load(sink_slot_ptr + touched)
+    sink_page = tl.load(sink_page_ptr + touched)
     prior = tl.load(prior_ptr + touched)
     first = tl.load(first_ptr + touched)
     end = tl.load(end_ptr + touched)
@@ -122,14 +122,14 @@ def _append_fwd_kernel(
     V: tl.constexpr = SPEC.v
     if tl.program_id(2) == 0:
         _append_tensor(
-            k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_slot, prior,
+            k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_page, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
             SINKS, K, SPEC,
         )  # fmt: skip
     else:
         _append_tensor(
-            v_ptr, stride_vt, stride_vh, 1, head, page, slot, sink_slot, prior,
+            v_ptr, stride_vt, stride_vh, 1, head, page, slot, sink_page, prior,
             first, end, start, is_first_page,
             pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
             SINKS, V, SPEC,
@@ -138,7 +138,7 @@ def _append_fwd_kernel(
 
 @triton.jit
 def _close_slot(
-    which: tl.constexpr, head, page, slot, sink_slot, is_first_page,
+    which: tl.constexpr, head, page, slot, sink_page, is_first_page,
     pages_ptr, open_rows_ptr, sink_rows_ptr, num_contained_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,7 @@ def _close_slot(
     ptrs = rows_ptr + rows * ROW + head * SPEC.head_dim + channel[None, :]
     x = tl.load(ptrs, mask=valid[None, :], other=0.0)
     _close_page(
-        x, channel, valid, which, head, page, sink_slot, is_first_page,
+        x, channel, valid, which, head, page, sink_page, is_first_page,
         pages_ptr, sink_rows_ptr, num_contained_ptr, SINKS, CODING, SPEC,
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def _full_requests(kv_last_page_len_ptr, batch, nth):
 @triton.jit(do_not_specialize=("batch", "num_layers"), do_not_specialize_on_alignment=PAGE_TABLE)
 def _close_fwd_kernel(
     displacements_ptr, pages_ptr, open_rows_ptr, sink_rows_ptr,
-    kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
+    kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_pages_ptr,
     num_contained_ptr, batch, num_layers,
     SINKS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ def _close_fwd_kernel(
         end = tl.load(kv_indptr_ptr + request + 1)
         page = tl.load(kv_indices_ptr + end - 1)
         slot = tl.load(open_slots_ptr + request)
-        sink_slot = tl.load(sink_slots_ptr + request)
+        sink_page = tl.load(sink_pages_ptr + request)
         layer = piece % pieces // (SPEC.num_kv_heads * 2)
         head = piece // 2 % SPEC.num_kv_heads
         at = displacements_ptr + layer
@@ -202,13 +202,13 @@ def _close_fwd_kernel(
         to_sinks = tl.multiple_of(tl.load(at + 2 * num_layers), 16)
         if piece % 2 == 0:
             _close_slot(
-                0, head, page, slot, sink_slot, end - begin == 1,
+                0, head, page, slot, sink_page, end - begin == 1,
                 pages_ptr + to_pages, open_rows_ptr + to_open, sink_rows_ptr + to_sinks,
                 num_contained_ptr, SINKS, K, SPEC,
             )  # fmt: skip
         else:
             _close_slot(
-                1, head, page, slot, sink_slot, end - begin == 1,
+                1, head, page, slot, sink_page, end - begin == 1,
                 pages_ptr + to_pages, open_rows_ptr + to_open, sink_rows_ptr + to_sinks,
                 num_contained_ptr, SINKS, V, SPEC,
             )  # fmt: skip

@@ -111,7 +111,7 @@ def decode(
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cache.pages, cache.open_rows, cache.sink_rows,
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
-        table.sink_slots, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
+        table.sink_pages, workspace.out, workspace.stats, batch, sm_scale * LOG2_E,
         FRESH=fresh is not None, SINKS=cache.sink_tokens, HEADS=workspace.padded_heads, GQA=gqa,
         STAGES=workspace.num_stages, TAIL=tail, PDL=workspace.use_pdl, SPEC=spec,
         num_warps=1, maxnreg=MAX_REGISTERS, launch_pdl=workspace.use_pdl,

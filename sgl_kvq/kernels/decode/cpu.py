@@ -40,7 +40,7 @@ class DecodePlan:
         open_rows: int64 [PAGE_SIZE * 2 * batch], rows of `open_rows` of the cache, counted over
             slots: by token, then K before V, then request. The first row stands in for those not
             written yet.
-        sink_rows: int64 [sink_tokens * 2 * batch], likewise in `sink_rows`.
+        sink_pages: int64 [batch], page row with the sink rows of each request.
         no_sinks: bool [sink_tokens * 2 * batch, 1, 1], rows of requests without sinks.
     """
 
@@ -51,7 +51,7 @@ class DecodePlan:
     first_page: torch.Tensor
     tail_bias: torch.Tensor
     open_rows: torch.Tensor
-    sink_rows: torch.Tensor
+    sink_pages: torch.Tensor
     no_sinks: torch.Tensor
 
 
@@ -83,7 +83,7 @@ def plan_decode(table: PageTable, sink_tokens: int) -> DecodePlan:
         first_page=first,
         tail_bias=_bias(unread)[:, None, None, :],
         open_rows=_row_indices(table.open_slots, token * is_open, PAGE_SIZE),
-        sink_rows=_row_indices(table.sink_slots, token[:sink_tokens], sink_tokens),
+        sink_pages=table.sink_pages.long(),
         no_sinks=no_sinks.T.expand(2 * sink_tokens, -1).reshape(-1, 1, 1),
     )
 
@@ -164,7 +164,8 @@ def _tail_rows(
 
     A slot's unwritten rows may hold anything, and 0 * NaN is NaN, so none of them is gathered.
     """
-    sinks = cache.sink_rows.flatten(0, 2).index_select(0, plan.sink_rows)
+    by_request = cache.sink_rows[plan.sink_pages]  # [batch, 2, S, H, D]
+    sinks = by_request.permute(2, 1, 0, 3, 4).flatten(0, 2)
     opened = cache.open_rows.flatten(0, 2).index_select(0, plan.open_rows)
     rows = torch.cat([sinks.masked_fill_(plan.no_sinks, 0), opened])  # [(S + P) * 2 * batch, H, D]
     by_head = rows.view(plan.tail_bias.shape[-1], 2, -1, *rows.shape[1:]).permute(1, 2, 3, 0, 4)

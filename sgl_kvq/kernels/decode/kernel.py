@@ -36,7 +36,7 @@ from sgl_kvq.kernels.decode.softmax import empty_softmax, store_partial
 # Arguments whose value or address must not make Triton compile another variant.
 PAGE_TABLE = (
     *("kv_indptr_ptr", "kv_indices_ptr", "kv_last_page_len_ptr", "open_slots_ptr"),
-    "sink_slots_ptr",
+    "sink_pages_ptr",
 )
 
 
@@ -126,7 +126,7 @@ def _decode_fwd_kernel(
     q_ptr, q_codes_ptr, stride_q_b, stride_q_h, stride_qc_b, stride_qc_h,
     k_ptr, v_ptr, stride_k_b, stride_k_h, stride_v_b, stride_v_h,
     pages_ptr, open_rows_ptr, sink_rows_ptr,
-    kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_slots_ptr,
+    kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_pages_ptr,
     out_ptr, stat_ptr, batch, sm_scale_log2,
     FRESH: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr,
     STAGES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr, SPEC: tl.constexpr,
@@ -164,7 +164,7 @@ def _decode_fwd_kernel(
             segment = Segment(
                 request, head, first, last, num_closed, kv_indices_ptr + first_page,
                 gl.load(kv_last_page_len_ptr + request),
-                gl.load(open_slots_ptr + request), gl.load(sink_slots_ptr + request),
+                gl.load(open_slots_ptr + request), gl.load(sink_pages_ptr + request),
             )  # fmt: skip
             row = request.to(gl.int64)
             queries = Queries(

@@ -26,7 +26,7 @@ def read_sequence(
     closed = torch.stack([decode_keys(pages, layout), decode_values(pages, layout)])
     closed = closed.double().transpose(2, 3).flatten(1, 2)  # [2, tokens, H, D]
     if len(pages):
-        closed[:, : cache.sink_tokens] = cache.sink_rows[table.sink_slots[request]].double()
+        closed[:, : cache.sink_tokens] = cache.sink_rows[table.sink_pages[request]].double()
     opened = cache.open_rows[table.open_slots[request], :, : table.kv_last_page_len[request]]
     k, v = torch.cat([closed, opened.double()], dim=1)
     return k, v

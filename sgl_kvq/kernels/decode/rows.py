@@ -162,7 +162,7 @@ def attend_tail(
     """Add the segment's units of open rows and sink rows."""
     ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
     open_ptr = open_page_ptr(segment, storage, SPEC)
-    sink_ptr = storage.sink_rows_ptr + segment.sink_slot.to(gl.int64) * (2 * SINKS * ROW)
+    sink_ptr = storage.sink_rows_ptr + segment.sink_page.to(gl.int64) * (SPEC.page_bytes // 2)
     sink_ptr = sink_ptr + segment.head * SPEC.head_dim
     for unit in range(gl.maximum(segment.first, segment.num_closed), segment.end):
         chunk = unit - segment.num_closed

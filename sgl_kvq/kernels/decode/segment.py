@@ -17,7 +17,7 @@ class Segment(NamedTuple):
         indices_ptr: Page numbers of the request.
         last_page_len: Rows in the open page.
         open_slot: Slot of the open page's rows.
-        sink_slot: Slot of the sink rows.
+        sink_page: Slot of the sink rows.
     """
 
     request: Any
@@ -28,7 +28,7 @@ class Segment(NamedTuple):
     indices_ptr: Any
     last_page_len: Any
     open_slot: Any
-    sink_slot: Any
+    sink_page: Any
 
 
 class Storage(NamedTuple):

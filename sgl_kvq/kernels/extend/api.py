@@ -108,7 +108,7 @@ def fill_scratch(
         **options,
     )  # fmt: skip
     _dequantize_pages_kernel[grid](
-        fills.pages, fills.sink_slots, fills.touched, fills.targets,
+        fills.pages, fills.sink_pages, fills.touched, fills.targets,
         cache.pages, cache.sink_rows, keys, values,
         SINKS=cache.sink_tokens, enable_fp_fusion=False, **options,
     )  # fmt: skip

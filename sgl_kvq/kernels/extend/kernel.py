@@ -13,7 +13,7 @@ from sgl_kvq.kernels.extend.pages import page_rows, tile_channels
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 # Arguments whose address must not make Triton compile another variant.
-FILLS = ("page_ptr", "sink_slot_ptr", "touched_ptr", "target_ptr")
+FILLS = ("page_ptr", "sink_page_ptr", "touched_ptr", "target_ptr")
 TOUCHED = ("prior_ptr", "first_ptr", "end_ptr", "start_ptr")
 
 
@@ -98,17 +98,17 @@ def _copy_rows_kernel(
 
 @triton.jit
 def _dequantize_page(
-    head_ptr, sink_slot, sink_rows_ptr, out_ptr, target, head, IS_KEY: tl.constexpr,
+    head_ptr, sink_page, sink_rows_ptr, out_ptr, target, head, IS_KEY: tl.constexpr,
     SINKS: tl.constexpr, OUT_DIM: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Write a closed page; `sink_rows_ptr` is where K or V of sink rows begin."""
     ROW: tl.constexpr = SPEC.num_kv_heads * SPEC.head_dim
     channel, valid = tile_channels(CODING, SPEC)
     x = page_rows(head_ptr, IS_KEY, CODING, SPEC, out_ptr.dtype.element_ty)
-    if SINKS > 0 and sink_slot > 0:
+    if SINKS > 0 and sink_page > 0:
         tokens = tl.arange(0, PAGE)[:, None]
         is_sink = (tokens < SINKS) & valid[None, :]
-        ptrs = sink_rows_ptr + sink_slot.to(tl.int64) * (2 * SINKS * ROW)
+        ptrs = sink_rows_ptr + sink_page.to(tl.int64) * (SPEC.page_bytes // 2)
         ptrs = ptrs + tokens.to(tl.int64) * ROW + head * SPEC.head_dim + channel[None, :]
         x = tl.where(is_sink, tl.load(ptrs, mask=is_sink, other=0.0), x)
     ptrs = _row_ptrs(out_ptr, target, head, channel, OUT_DIM, SPEC)
@@ -117,7 +117,7 @@ def _dequantize_page(
 
 @triton.jit(do_not_specialize_on_alignment=FILLS)
 def _dequantize_pages_kernel(
-    page_ptr, sink_slot_ptr, touched_ptr, target_ptr,
+    page_ptr, sink_page_ptr, touched_ptr, target_ptr,
     pages_ptr, sink_rows_ptr, k_out_ptr, v_out_ptr,
     SINKS: tl.constexpr, OUT_DIM: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -133,15 +133,15 @@ def _dequantize_pages_kernel(
         target = tl.load(target_ptr + entry)
         page = tl.load(page_ptr + entry).to(tl.int64)
         head_ptr = pages_ptr + page * SPEC.page_bytes + head * SPEC.head_bytes
-        sink_slot = tl.load(sink_slot_ptr + entry)
+        sink_page = tl.load(sink_page_ptr + entry)
         if tl.program_id(2) == 0:
             _dequantize_page(
-                head_ptr, sink_slot, sink_rows_ptr, k_out_ptr, target, head, True,
+                head_ptr, sink_page, sink_rows_ptr, k_out_ptr, target, head, True,
                 SINKS, OUT_DIM, K, SPEC,
             )  # fmt: skip
         else:
             v_rows_ptr = sink_rows_ptr + SINKS * SPEC.num_kv_heads * SPEC.head_dim
             _dequantize_page(
-                head_ptr, sink_slot, v_rows_ptr, v_out_ptr, target, head, False,
+                head_ptr, sink_page, v_rows_ptr, v_out_ptr, target, head, False,
                 SINKS, OUT_DIM, V, SPEC,
             )  # fmt: skip

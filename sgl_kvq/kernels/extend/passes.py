@@ -105,13 +105,13 @@ class ScratchFills:
 
     Args:
         pages: Page row to dequantize; not read for touched pages.
-        sink_slots: Sink slot of a closed first page; 0 for other pages.
+        sink_pages: Sink slot of a closed first page; 0 for other pages.
         touched: Index of the touched page whose 16-bit rows to copy, or -1.
         targets: Token of the scratch buffer where row 0 goes.
     """
 
     pages: torch.Tensor
-    sink_slots: torch.Tensor
+    sink_pages: torch.Tensor
     touched: torch.Tensor
     targets: torch.Tensor
 

@@ -88,7 +88,7 @@ def _request_kv(
         by_page = closed.unflatten(2, (num_closed, PAGE_SIZE)).transpose(1, 2)  # [2, N, H, P, D]
         by_page[0] = decode_keys(rows, layout)
         by_page[1] = decode_values(rows, layout)
-        sinks = cache.sink_rows[closed_pages.sink_slots[0]]
+        sinks = cache.sink_rows[closed_pages.sink_pages[0]]
         closed[:, :, : sinks.shape[1]] = sinks.transpose(1, 2)
     rows = touched_rows[request.touched_start : request.touched_start + request.num_touched]
     flat = rows.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [2, H, tokens, D]

@@ -48,9 +48,9 @@ class DecodeTables:
         fields = self._fields
         _tables_fwd_kernel[(batch,)](
             seq_lens, req_pool_indices, req_to_token, req_to_token.stride(0),
-            slots.open_slot_of, slots.sink_slot_of, batch, fields, fields.stride(0),
+            slots.open_slot_of, slots.sink_page_of, batch, fields, fields.stride(0),
             self._indptr, self._indices, num_warps=4,
         )  # fmt: skip
-        last_page_len, open_slots, sink_slots = fields[:, :batch]
+        last_page_len, open_slots, sink_pages = fields[:, :batch]
         indptr = self._indptr[: batch + 1]
-        return PageTable(indptr, self._indices, last_page_len, open_slots, sink_slots)
+        return PageTable(indptr, self._indices, last_page_len, open_slots, sink_pages)

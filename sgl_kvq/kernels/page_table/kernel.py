@@ -16,7 +16,7 @@ BLOCK: tl.constexpr = tl.constexpr(256)
 )
 def _tables_fwd_kernel(
     seq_lens_ptr, rows_ptr, req_to_token_ptr, stride_r,
-    open_slot_of_ptr, sink_slot_of_ptr, batch, fields_ptr, stride_f, kv_indptr_ptr, kv_indices_ptr,
+    open_slot_of_ptr, sink_page_of_ptr, batch, fields_ptr, stride_f, kv_indptr_ptr, kv_indices_ptr,
 ):  # fmt: skip
     """One program a request: its place in the table, its pages, and its slots."""
     request = tl.program_id(0)
@@ -41,4 +41,4 @@ def _tables_fwd_kernel(
     field_ptr = fields_ptr + request
     tl.store(field_ptr, (seq_len - 1) % PAGE + 1)
     tl.store(field_ptr + stride_f, tl.load(open_slot_of_ptr + last_page).to(tl.int32))
-    tl.store(field_ptr + 2 * stride_f, tl.load(sink_slot_of_ptr + first_page).to(tl.int32))
+    tl.store(field_ptr + 2 * stride_f, tl.load(sink_page_of_ptr + first_page).to(tl.int32))

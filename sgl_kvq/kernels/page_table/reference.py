@@ -34,5 +34,5 @@ def page_table(
         kv_indices=pages,
         kv_last_page_len=((seq_lens - 1) % PAGE_SIZE + 1).int(),
         open_slots=slots.open_slot_of[pages[end - 1].long()].int(),
-        sink_slots=slots.sink_slot_of[pages[begin].long()].int(),
+        sink_pages=slots.sink_page_of[pages[begin].long()].int(),
     )

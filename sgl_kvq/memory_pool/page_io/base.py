@@ -21,6 +21,7 @@ from sgl_kvq.memory_pool.page_io.span import (
 if TYPE_CHECKING:
     import torch
 
+    from sgl_kvq.memory_pool.sinks import SinkPages
     from sgl_kvq.memory_pool.slots import SlotTable
     from sgl_kvq.memory_pool.store import PagedStore
 
@@ -153,7 +154,8 @@ class PoolAccess(ABC):
             SlotNotHeldError: it holds none.
         """
         pool = self.pool
-        table: SlotTable = pool.open_slots if kind is SpanKind.OPEN_ROWS else pool.sink_slots
+        table: SlotTable | SinkPages
+        table = pool.open_slots if kind is SpanKind.OPEN_ROWS else pool.sink_pages
         slot = int(table.held_slot(page))
         if slot == 0:
             raise SlotNotHeldError(f"page {int(page)} holds no slot of {table.name}")

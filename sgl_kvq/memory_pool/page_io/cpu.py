@@ -43,7 +43,7 @@ class CpuPoolAccess(PoolAccess):
     def held_rows(self, pages: PageIds, fence: list[Any]) -> frozenset[SpanKind]:
         ids = torch.from_numpy(pages)
         held = {
-            SpanKind.SINK_ROWS: self.pool.sink_slots.held_slot(ids[:1]),
+            SpanKind.SINK_ROWS: self.pool.sink_pages.held_slot(ids[:1]),
             SpanKind.OPEN_ROWS: self.pool.open_slots.held_slot(ids[-1:]),
         }
         return frozenset(kind for kind, slot in held.items() if int(slot))

@@ -54,7 +54,7 @@ class CudaPoolAccess(PoolAccess):
         with torch.cuda.stream(self._stream):
             self._wait(fence)
             ends = self._on_device(pages[[0, -1]])
-            sink = self.pool.sink_slots.held_slot(ends[:1])
+            sink = self.pool.sink_pages.held_slot(ends[:1])
             open_slot = self.pool.open_slots.held_slot(ends[1:])
             held = dict(
                 zip(

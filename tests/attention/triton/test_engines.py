@@ -36,7 +36,7 @@ def assert_same_storage(ours: GrowingRequests, other: GrowingRequests) -> None:
         for own, n in zip(requests.pages, requests.lens, strict=True):
             parts.append(cache.pages[own[: n // PAGE_SIZE]])
             if n >= PAGE_SIZE:
-                parts.append(cache.sink_rows[requests.store.sink_slots.held_slot(own[:1])])
+                parts.append(cache.sink_rows[requests.store.sink_pages.held_slot(own[:1])])
             slot = requests.store.open_slots.held_slot(own[[(n - 1) // PAGE_SIZE]])
             assert (int(slot) > 0) == (n % PAGE_SIZE > 0)
             parts.append(cache.open_rows[slot, :, : n % PAGE_SIZE])

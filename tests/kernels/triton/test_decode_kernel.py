@@ -14,6 +14,7 @@ from sgl_kvq.kernels.decode.kernel import _decode_fwd_kernel, _decode_merge_kern
 from sgl_kvq.kernels.decode.reference import attend, read_sequence
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 from tests.support.attention import CHOSEN_BITS, RandomCache, random_cache
+from tests.support.sink_rows import empty_sink_rows
 
 KERNELS = (_decode_fwd_kernel, _decode_merge_kernel)
 SEQ_LENS = [1, 63, 64, 65, 200]
@@ -24,9 +25,12 @@ def to_device(data: RandomCache, device: str) -> RandomCache:
     def moved(tensors: object) -> dict[str, torch.Tensor]:
         return {name: value.to(device) for name, value in vars(tensors).items()}
 
+    cache, layout = data.cache, data.layout
+    sink_rows = empty_sink_rows(layout, len(cache.sink_rows), cache.sink_tokens, device)
+    sink_rows.copy_(cache.sink_rows)
     return replace(
         data,
-        cache=PagedCache(**moved(data.cache)),
+        cache=PagedCache(cache.pages.to(device), cache.open_rows.to(device), sink_rows),
         table=PageTable(**moved(data.table)),
     )
 
@@ -126,7 +130,7 @@ def test_the_order_of_the_batch_does_not_matter(device: str) -> None:
         kv_indices=torch.cat([table.kv_indices[middle:end], table.kv_indices[begin:middle]]),
         kv_last_page_len=table.kv_last_page_len.flip(0),
         open_slots=table.open_slots.flip(0),
-        sink_slots=table.sink_slots.flip(0),
+        sink_pages=table.sink_pages.flip(0),
     )
     other, _ = run(replace(data, table=swapped), q.flip(0), 3)
     torch.testing.assert_close(other.flip(0), out, rtol=2**-7, atol=1e-3)
@@ -163,9 +167,9 @@ def test_fresh_rows_are_attended_to_and_stored(
 def test_float16_models(device: str) -> None:
     data, q = make("hack2", 64, 1, 2, [200], 4, device)
     layout = replace(data.layout, row_dtype=torch.float16)
-    cache = replace(
-        data.cache, open_rows=data.cache.open_rows.half(), sink_rows=data.cache.sink_rows.half()
-    )
+    sinks = empty_sink_rows(layout, len(data.cache.sink_rows), data.cache.sink_tokens, device)
+    sinks.copy_(data.cache.sink_rows)
+    cache = replace(data.cache, open_rows=data.cache.open_rows.half(), sink_rows=sinks)
     data, q = replace(data, layout=layout, cache=cache), q.half()
     check(data, q, *run(data, q))
 
@@ -209,7 +213,7 @@ def test_another_batch_or_length_compiles_nothing(gpu: str) -> None:
             kv_indices=data.table.kv_indices[: 3 * batch],
             kv_last_page_len=data.table.kv_last_page_len[:batch] - 1,
             open_slots=data.table.open_slots[:batch],
-            sink_slots=data.table.sink_slots[1 : batch + 1],
+            sink_pages=data.table.sink_pages[1 : batch + 1],
         )
         run(replace(data, table=table), q[:batch], 7 * batch)
     assert [len(kernel.device_caches[0][0]) for kernel in KERNELS] == compiled

@@ -19,6 +19,7 @@ from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from testbed.formats import named_format
 from tests.support.attention import random_rows, relative_error
+from tests.support.sink_rows import empty_sink_rows
 from tests.support.torch_attention import TorchAttention
 
 HEADS, GROUP, SINKS = 2, 3, 4
@@ -56,7 +57,7 @@ class Sequences:
         self.cache = PagedCache(
             torch.full((num_pages, self.layout.page_bytes), 0xFF, dtype=torch.uint8, device=device),
             torch.full((*rows, PAGE_SIZE, *shape), torch.nan, dtype=torch.bfloat16, device=device),
-            torch.full((*rows, SINKS, *shape), torch.nan, dtype=torch.bfloat16, device=device),
+            empty_sink_rows(self.layout, len(totals) + 1, SINKS, device),
         )
         slot_of = torch.zeros(num_pages, dtype=torch.int64)
         for row, own in enumerate(self.pages):

@@ -18,16 +18,16 @@ def test_tables_of_ragged_requests_and_padding(device: str) -> None:
     own = req_to_token[rows][:, ::PAGE_SIZE].long() // PAGE_SIZE
     last = torch.stack([req_to_token[r, n - 1] for r, n in zip(rows, seq_lens, strict=True)])
     open_slot_of = torch.zeros(num_pages, dtype=torch.int64)
-    sink_slot_of = torch.zeros(num_pages, dtype=torch.int64)
+    sink_page_of = torch.zeros(num_pages, dtype=torch.int64)
     open_slot_of[last // PAGE_SIZE] = torch.tensor([9, 8, 7, 6, 5, 0, 0])
-    sink_slot_of[own[:, 0]] = torch.tensor([1, 2, 3, 4, 5, 0, 0])
+    sink_page_of[own[:, 0]] = torch.tensor([1, 2, 3, 4, 5, 0, 0])
 
     tables = DecodeTables(8, 8 * 313, device)
     table = tables.update(
         seq_lens.to(device),
         rows.to(device),
         req_to_token.to(device),
-        SlotMaps(open_slot_of.to(device), sink_slot_of.to(device)),
+        SlotMaps(open_slot_of.to(device), sink_page_of.to(device)),
     )
     counts = -(-seq_lens // PAGE_SIZE)
     assert table.kv_indptr.tolist() == [0, *counts.cumsum(0).tolist()]
@@ -35,4 +35,4 @@ def test_tables_of_ragged_requests_and_padding(device: str) -> None:
     assert table.kv_indices[: len(expected)].tolist() == expected.tolist()
     assert table.kv_last_page_len.tolist() == [1, 64, 1, 32, 2, 1, 1]
     assert table.open_slots.tolist() == [9, 8, 7, 6, 5, 0, 0]
-    assert table.sink_slots.tolist() == [1, 2, 3, 4, 5, 0, 0]
+    assert table.sink_pages.tolist() == [1, 2, 3, 4, 5, 0, 0]
