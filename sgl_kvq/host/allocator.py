@@ -28,6 +28,7 @@ class KvqPagedAllocator(PagedTokenToKVPoolAllocator):
     """
 
     _kvcache: QuantizedKVPool
+    free_pages: torch.Tensor
     evictable_cache: Any = None
     """SGLang's prefix cache over the same pages; the plugin sets it before each allocation."""
     on_clear: Callable[[], None] | None = None

@@ -105,6 +105,13 @@ def upload_extend(
             start=columns["start"],
             is_first=is_first[:count],
         ),
-        fills=[ScratchFills(*part) for part in zip(*(x.split(sizes) for x in parts), strict=True)],
+        fills=[
+            ScratchFills(
+                *part,
+                has_touched=bool((fill.touched >= 0).any()),
+                has_closed=bool((fill.touched < 0).any()),
+            )
+            for fill, *part in zip(fills, *(x.split(sizes) for x in parts), strict=True)
+        ],
         resumed_slots=open_slots[columns["resumed"].long()],
     )

@@ -102,16 +102,18 @@ def fill_scratch(
     grid = (len(fills.pages), layout.num_kv_heads, 2)
     keys, values = workspace.kv
     options = {"OUT_DIM": keys.shape[2], "SPEC": page_spec(layout), "num_warps": 4}
-    _copy_rows_kernel[grid](
-        k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), fills.touched, fills.targets,
-        touched.prior, touched.first, touched.end, touched.start, prior_rows, keys, values,
-        **options,
-    )  # fmt: skip
-    _dequantize_pages_kernel[grid](
-        fills.pages, fills.sink_pages, fills.touched, fills.targets,
-        cache.pages, cache.sink_rows, keys, values,
-        SINKS=cache.sink_tokens, enable_fp_fusion=False, **options,
-    )  # fmt: skip
+    if fills.has_touched:
+        _copy_rows_kernel[grid](
+            k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), fills.touched, fills.targets,
+            touched.prior, touched.first, touched.end, touched.start, prior_rows, keys, values,
+            **options,
+        )  # fmt: skip
+    if fills.has_closed:
+        _dequantize_pages_kernel[grid](
+            fills.pages, fills.sink_pages, fills.touched, fills.targets,
+            cache.pages, cache.sink_rows, keys, values,
+            SINKS=cache.sink_tokens, enable_fp_fusion=False, **options,
+        )  # fmt: skip
 
 
 def extend(

@@ -101,19 +101,23 @@ class FillPlan:
 
 @dataclass(frozen=True)
 class ScratchFills:
-    """A `FillPlan` on the device, its pages looked up; int32 [n] each.
+    """A `FillPlan` on the device, its pages looked up.
 
     Args:
-        pages: Page row to dequantize; not read for touched pages.
-        sink_pages: Sink slot of a closed first page; 0 for other pages.
-        touched: Index of the touched page whose 16-bit rows to copy, or -1.
-        targets: Token of the scratch buffer where row 0 goes.
+        pages: int32 [n], page row to dequantize; not read for touched pages.
+        sink_pages: int32 [n], page row with the sink rows of a closed first page; 0 for others.
+        touched: int32 [n], index of the touched page whose 16-bit rows to copy, or -1.
+        targets: int32 [n], token of the scratch buffer where row 0 goes.
+        has_touched: Whether there are rows to copy.
+        has_closed: Whether there are pages to dequantize.
     """
 
     pages: torch.Tensor
     sink_pages: torch.Tensor
     touched: torch.Tensor
     targets: torch.Tensor
+    has_touched: bool
+    has_closed: bool
 
 
 @dataclass(frozen=True)
