@@ -106,12 +106,8 @@ def upload_extend(
             is_first=is_first[:count],
         ),
         fills=[
-            ScratchFills(
-                *part,
-                has_touched=bool((fill.touched >= 0).any()),
-                has_closed=bool((fill.touched < 0).any()),
-            )
-            for fill, *part in zip(fills, *(x.split(sizes) for x in parts), strict=True)
+            ScratchFills(*part, bool((fill.touched >= 0).any()), bool((fill.touched < 0).any()))
+            for fill, part in zip(fills, zip(*(x.split(sizes) for x in parts)), strict=True)
         ],
         resumed_slots=open_slots[columns["resumed"].long()],
     )
