@@ -106,8 +106,17 @@ def upload_extend(
             is_first=is_first[:count],
         ),
         fills=[
-            ScratchFills(*part, bool((fill.touched >= 0).any()), bool((fill.touched < 0).any()))
-            for fill, part in zip(fills, zip(*(x.split(sizes) for x in parts)), strict=True)
+            ScratchFills(
+                pages=page,
+                sink_pages=sink_page,
+                touched=index,
+                targets=target,
+                has_touched=bool((fill.touched >= 0).any()),
+                has_closed=bool((fill.touched < 0).any()),
+            )
+            for fill, page, sink_page, index, target in zip(
+                fills, *(x.split(sizes) for x in parts), strict=True
+            )
         ],
         resumed_slots=open_slots[columns["resumed"].long()],
     )
