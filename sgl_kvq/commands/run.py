@@ -12,7 +12,7 @@ from sgl_kvq.host import names as host
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("module", help="such as sglang.bench_one_batch")
+    parser.add_argument("module", help="full name of the module, as for python -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the module")
 
 
