@@ -16,7 +16,7 @@ class HostError(KvqError):
 
 
 class PoolExhaustedError(KvqError):
-    """No open-page or sink slot is free although admission should have kept one."""
+    """No open slot is free although admission should have kept one."""
 
 
 class SlotNotHeldError(KvqError):

@@ -184,7 +184,7 @@ HOOKS = (
     Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
     Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
     Hook(
-        host.BUILD_ALLOCATOR, _build_allocator, "the allocator that hands out open and sink slots"
+        host.BUILD_ALLOCATOR, _build_allocator, "the allocator that also gives pages open slots and sink rows"
     ),
     Hook(host.ALLOC_EXTEND, _alloc_extend, "room for sink rows before new sequences start"),
     Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),

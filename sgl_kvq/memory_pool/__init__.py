@@ -1,1 +1,1 @@
-"""The KV pool: capacity arithmetic, who owns open-page and sink slots, and the host's interface."""
+"""Bytes at rest: storage of all layers, who holds which 16-bit rows, and how many fit."""

@@ -14,7 +14,7 @@ class TouchedPages:
     Args:
         pages: Where the bytes go if the page fills.
         slots: Open slot the rows go to if the page stays open.
-        sink_pages: Sink slot of the page; used by first pages that fill.
+        sink_pages: Page row for the sink rows; used by first pages that fill.
         prior: Index into the prior rows, where the page's earlier rows lie.
         first: First fresh row in the page; earlier ones come from the prior rows.
         end: One after the last fresh row; 64 fills the page.

@@ -55,7 +55,7 @@ class PoolAccess(ABC):
         """Kinds of 16-bit rows that pages of one sequence hold a slot for.
 
         Args:
-            pages: int64 [n], n > 0; the first may hold a sink slot, the last an open slot.
+            pages: int64 [n], n > 0; the first may hold sink rows, the last an open slot.
             fence: Taken after the pages were allocated.
 
         Returns:
