@@ -168,7 +168,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         held = [page for s in (*self.running, *self.cache.sequences) for page in s.pages]
         sinks = self.store.sink_pages.held_slot(torch.tensor(held, dtype=torch.int64))
         sinks = sinks[sinks > 0].tolist()
-        free = [*self.allocator.free_pages.tolist(), *self.allocator.release_pages.tolist()]
+        # Pages that wait to be sorted: a list of tensors from SGLang 0.5.20, one tensor before.
+        waiting = getattr(self.allocator, "staged_pages", [self.allocator.release_pages])
+        free = torch.cat([self.allocator.free_pages, *waiting]).tolist()
         assert len({*held, *sinks, *free}) == len(held) + len(sinks) + len(free)
         given_up = self.store.sink_pages.num_held - len(sinks)
         assert len(held) + len(sinks) + len(free) + given_up == self.store.plan.num_rows
