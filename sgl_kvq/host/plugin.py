@@ -183,10 +183,8 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
 HOOKS = (
     Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
     Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
-    Hook(
-        host.BUILD_ALLOCATOR, _build_allocator, "the allocator that also gives pages open slots and sink rows"
-    ),
-    Hook(host.ALLOC_EXTEND, _alloc_extend, "room for sink rows before new sequences start"),
+    Hook(host.BUILD_ALLOCATOR, _build_allocator, "the allocator, of open slots and sink rows too"),
+    Hook(host.ALLOC_EXTEND, _alloc_extend, "the prefix cache that our allocator may evict from"),
     Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),
     Hook(host.SUPPORT_TRITON, _support_triton, "PyTorch helpers instead of Triton ones on a CPU"),
     Hook(host.GET_KV_CLASS, _kv_class, "our classes for PD transfer"),
