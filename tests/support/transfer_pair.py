@@ -20,6 +20,8 @@ from sgl_kvq.formats.registry import get_format
 from sgl_kvq.memory_pool.capacity import PoolPlan
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.memory_pool.page_io.span import HeadRange
+from sgl_kvq.memory_pool.sinks import SinkPages
+from sgl_kvq.memory_pool.slots import SlotTable
 from sgl_kvq.memory_pool.store import PagedStore
 from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, heads_of_rank, metadata_block
 from sgl_kvq.transfer.decode.assembly import IncomingTransfer
@@ -244,13 +246,18 @@ def assert_equal(
             other.pages[got[closed], theirs.start * width : theirs.stop * width].cpu(),
         )
         if num_rows:
-            a = mine.open_rows[source.pool.open_slots.held_slot(sent[-1:]), :, :num_rows, ours]
-            b = other.open_rows[target.pool.open_slots.held_slot(got[-1:]), :, :num_rows, theirs]
+            a = mine.open_rows[held(source.pool.open_slots, sent[-1:]), :, :num_rows, ours]
+            b = other.open_rows[held(target.pool.open_slots, got[-1:]), :, :num_rows, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
         if num_tokens >= PAGE_SIZE:
-            a = mine.sink_rows[source.pool.sink_pages.held_slot(sent[:1]), :, :, ours]
-            b = other.sink_rows[target.pool.sink_pages.held_slot(got[:1]), :, :, theirs]
+            a = mine.sink_rows[held(source.pool.sink_pages, sent[:1]), :, :, ours]
+            b = other.sink_rows[held(target.pool.sink_pages, got[:1]), :, :, theirs]
             assert torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
+
+
+def held(table: SlotTable | SinkPages, page: torch.Tensor) -> int:
+    """Slot or row that a page (int64 [1]) holds."""
+    return int(table.held_slot(page.to(table.step_view().device)))
 
 
 def ship(

@@ -72,7 +72,9 @@ def extend_server_args(
     }
     fields: Any = [tuple(option) for option in options]
     if dataclasses.is_dataclass(server_args):
-        return dataclasses.make_dataclass(name, fields, bases=(server_args,), namespace=namespace)
+        record = dataclasses.make_dataclass(name, fields, bases=(server_args,), namespace=namespace)
+        record.__module__ = module  # Python 3.12 names the caller's; pickle looks the class up here
+        return record
     import msgspec
 
     return msgspec.defstruct(
