@@ -235,7 +235,7 @@ class Bench:
             "total_s": round(total_s, 2),
             "sglang": version("sglang"),
             "commit": git_commit(),
-            "command": command_line("multi_agent", self._args.argv),
+            "command": command_line("agents.many", self._args.argv),
         }
         append_csv(self._args.out, row)
         print(_table([row]), flush=True)

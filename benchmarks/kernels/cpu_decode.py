@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "torch": version("torch"),
         "sglang": version("sglang"),
         "commit": git_commit(),
-        "command": command_line("bench_cpu_decode", args.argv),
+        "command": command_line("kernels.cpu_decode", args.argv),
     }
     rows = []
     for context, batch in itertools.product(args.contexts, args.batches):

@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
         "triton": known("triton"),
         "flashinfer": known("flashinfer-python"),
         "commit": git_commit(),
-        "command": command_line(Path(sys.argv[0]).stem, sys.argv[1:]),
+        "command": command_line(f"kernels.{Path(sys.argv[0]).stem}", sys.argv[1:]),
     }
 
 

@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/pd.csv"))
     args = parser.parse_args(argv)
-    command = command_line("bench_pd", sys.argv[1:] if argv is None else argv)
+    command = command_line("pd.bench", sys.argv[1:] if argv is None else argv)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"

@@ -181,7 +181,7 @@ class PairBench:
             start_s=round(self._start_s, 1),
             device=hardware_name(),
             commit=git_commit(),
-            command=command_line("bench_pd_gpu", args.argv),
+            command=command_line("pd.bench_gpu", args.argv),
         )
         self.rows.append(row)
         self._out.write_text(json.dumps([asdict(row) for row in self.rows]))

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/wire.csv"))
     args = parser.parse_args(argv)
-    command = command_line("bench_wire", sys.argv[1:] if argv is None else argv)
+    command = command_line("wire.bench", sys.argv[1:] if argv is None else argv)
     rows = []
     spec = EndSpec("hack2", NUM_PAGES, WINDOW_BYTES, workers=args.workers)
     with bare_loop(WINDOW_BYTES) as bare, wire_pair(spec) as pair:
