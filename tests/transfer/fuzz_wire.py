@@ -18,6 +18,7 @@ import atheris
 with atheris.instrument_imports(include=["sgl_kvq.transfer"]):
     from sgl_kvq.transfer.codecs import registry
     from sgl_kvq.transfer.decode import assembly
+    from sgl_kvq.transfer.decode.sources import Source
     from sgl_kvq.transfer.protocol import header as wire
     from sgl_kvq.transfer.protocol import messages
 
@@ -50,7 +51,7 @@ def part() -> assembly.IncomingPart:
         lambda data: None,
     )
     fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1)
-    fresh.heads = HeadRange(0, 4)
+    fresh.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, 4)))
     return fresh
 
 

@@ -14,6 +14,7 @@ from sgl_kvq.errors import ChecksumError, WireError
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.decode.assembly import IncomingPart, IncomingTransfer
+from sgl_kvq.transfer.decode.sources import Source
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, payload_checksum
 from sgl_kvq.transfer.runtime import workers
@@ -142,7 +143,7 @@ def test_a_place_is_claimed_while_its_block_is_verified() -> None:
     )
     part = IncomingPart(transfer, access, 11, 1)
     transfer.parts.append(part)
-    part.heads = HeadRange(0, NUM_HEADS)
+    part.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, NUM_HEADS)))
     payload = bytes(range(256)) * (access.num_layers * 2 * access.pool.layout.page_bytes // 256)
 
     def block(seq: int, **changes: Any) -> BlockHeader:

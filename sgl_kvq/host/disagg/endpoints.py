@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.disagg.manager import KvqManager, endpoint_of
+from sgl_kvq.host.disagg.manager import KvqManager, endpoints_of
 from sgl_kvq.host.names import (
     CommonKVBootstrapServer,
     CommonKVReceiver,
@@ -180,7 +180,12 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         super().init(prefill_dp_rank)
         if self.conclude_state == KVPoll.Failed:
             return
-        self.endpoints = list(dict.fromkeys(endpoint_of(info) for info in self.bootstrap_infos))
+        try:
+            self.endpoints = endpoints_of(self.bootstrap_infos)
+        except TransferError as error:
+            self.kv_mgr.forget_bootstrap(self.bootstrap_addr)
+            self.request_state.fail(f"bootstrap server {self.bootstrap_addr}: {error}")
+            return
         self.kv_mgr.thread.announce(
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+from collections import Counter
 from typing import Any
 
 from sgl_kvq.errors import TransferError
@@ -83,7 +84,7 @@ class KvqManager(CommonKVManager):
                 lambda room: self.update_status(room, KVPoll.Success),
             )
             host, port = self.config.advertise
-            self.rank_port = port or self.thread.port
+            self.rank_port = port + self.attn_tp_rank if port else self.thread.port
             if host is not None or self.config.host not in ("0.0.0.0", "::"):
                 self.local_ip = host or self.config.host
             self._started = True
@@ -120,7 +121,14 @@ class KvqManager(CommonKVManager):
         """The prefill instance may come back elsewhere: ask its bootstrap server again."""
         with self.connection_lock:
             for key, infos in list(self.connection_pool.items()):
-                if any(endpoint_of(info) == endpoint for info in infos):
+                if endpoint in endpoints_of(infos):
+                    del self.connection_pool[key]
+
+    def forget_bootstrap(self, bootstrap_addr: str) -> None:
+        """Ask a bootstrap server again at the next request."""
+        with self.connection_lock:
+            for key in list(self.connection_pool):
+                if key.startswith(f"{bootstrap_addr}_"):
                     del self.connection_pool[key]
 
     def make_request_state(self, room: int) -> RequestState:
@@ -158,7 +166,25 @@ class KvqManager(CommonKVManager):
             offset += size
 
 
-def endpoint_of(bootstrap_info: dict[str, Any]) -> str:
-    """tcp:// address of a prefill rank."""
+def endpoints_of(bootstrap_infos: list[dict[str, Any]]) -> list[str]:
+    """tcp:// addresses of prefill ranks.
+
+    Args:
+        bootstrap_infos: What the bootstrap server told about each.
+
+    Raises:
+        TransferError: two ranks have the same address.
+    """
+    endpoints = [_endpoint_of(info) for info in bootstrap_infos]
+    for endpoint, count in Counter(endpoints).items():
+        if count > 1:
+            raise TransferError(
+                f"expected one address for each prefill rank, but the bootstrap server names "
+                f"{endpoint} for {count} of them"
+            )
+    return endpoints
+
+
+def _endpoint_of(bootstrap_info: dict[str, Any]) -> str:
     host = str(bootstrap_info["rank_ip"])
     return f"tcp://{f'[{host}]' if ':' in host else host}:{bootstrap_info['rank_port']}"

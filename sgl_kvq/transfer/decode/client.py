@@ -16,6 +16,7 @@ from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.codecs.registry import decodable
 from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart, IncomingTransfer
 from sgl_kvq.transfer.decode.connections import Connection, Connections, ConnectionState
+from sgl_kvq.transfer.decode.sources import Source
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
@@ -125,11 +126,19 @@ class DecodeThread(TransferThread):
             transfer.parts.append(part)
             del connection.waiting[transfer.room]
             connection.parts[transfer.room] = part
-            if connection.state is ConnectionState.READY:
+        for connection, part in zip(filter(None, connections), transfer.parts, strict=True):
+            if connection.state is ConnectionState.READY and not transfer.state.over:
                 self._request(connection, part)
 
     def _request(self, connection: Connection, part: IncomingPart) -> None:
-        part.heads = connection.heads.intersect(self.access.heads)
+        assert connection.instance is not None  # it is READY
+        heads = connection.heads.intersect(self.access.heads)
+        try:
+            part.set_source(Source(connection.endpoint, connection.instance, heads))
+            part.transfer.check_sources(self.access.heads)
+        except TransferError as error:
+            self._fail(part.transfer, str(error))
+            return
         part.last_progress = time.monotonic()
         self._send(connection, part.request())
 
