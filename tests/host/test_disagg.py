@@ -140,3 +140,59 @@ def test_two_ranks_with_one_address_are_refused(manager: Any, bootstrap: Bootstr
     assert request.endpoints == ["tcp://127.0.0.1:9000", "tcp://127.0.0.1:9001"]
     request.abort()
     assert "aborted" in failure(request)
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ({"attn_tp_size": 0}, "expected attn_tp_size of 1 to 4096, got 0"),
+        ({"attn_tp_size": -2}, "got -2"),
+        ({"attn_tp_size": 10**9}, "got 1000000000"),
+        ({"dp_size": 0}, "expected dp_size"),
+        ({"pp_size": 3, "attn_cp_size": 0}, "expected attn_cp_size"),
+        ({"page_size": 16}, "Page size mismatch"),
+    ],
+)
+def test_a_topology_that_cannot_be_is_refused(
+    manager: Any, bootstrap: Bootstrap, topology: dict[str, int], words: str
+) -> None:
+    bootstrap.topology |= topology
+    request = receiver(manager, bootstrap, 1)
+    assert not manager.prefill_info_table
+    request.abort()  # as SGLang does after some attempts
+    assert words in failure(request)
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [{}, {"rank_port": 9000}, {"rank_ip": "127.0.0.1", "rank_port": 70000}, ["127.0.0.1"], None, 7],
+)
+def test_an_answer_without_an_address_fails_its_request_only(
+    manager: Any, bootstrap: Bootstrap, rank: Any
+) -> None:
+    bootstrap.ranks[1] = rank
+    assert failure(receiver(manager, bootstrap, 1))
+    assert not manager.connection_pool
+    bootstrap.ranks[1] = RANKS[1]
+    assert len(receiver(manager, bootstrap, 2).endpoints) == 2
+
+
+def test_a_reused_room_fails_the_second_request_only(manager: Any, bootstrap: Bootstrap) -> None:
+    import numpy as np
+
+    from sgl_kvq.host.names import KVPoll
+
+    first = receiver(manager, bootstrap, 5)
+    first.send_metadata(np.arange(2), 0, decode_prefix_len=0)
+    assert first.poll() == KVPoll.Transferring
+    second = receiver(manager, bootstrap, 5)
+    assert second.poll() == KVPoll.Failed  # any other state ends SGLang's scheduler here
+    second.abort()
+    assert "bootstrap_room 5 is taken" in failure(second)
+    assert first.poll() == KVPoll.Transferring
+    assert manager.addr_to_rooms_tracker[bootstrap.address] == {5}
+    first.abort()
+    assert "aborted" in failure(first)
+    third = receiver(manager, bootstrap, 5)
+    assert not third.room_is_taken
+    assert third.poll() == KVPoll.Bootstrapping

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.disagg.manager import KvqManager, endpoints_of
+from sgl_kvq.host.disagg.manager import KvqManager, describe_answer, endpoints_of
 from sgl_kvq.host.names import (
     CommonKVBootstrapServer,
     CommonKVReceiver,
@@ -27,12 +27,20 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class _Poller:
-    """Base of sender and receiver: SGLang polls them for the status and the failure."""
+    """Base of sender and receiver: SGLang polls them for the status and the failure.
+
+    The manager's tables have one entry a room. A second request with the room of one that is not
+    over has failed from the start and touches none of them.
+
+    Attributes:
+        room_is_taken: Whether this is such a second request.
+    """
 
     kv_mgr: KvqManager
     bootstrap_room: int
     conclude_state: Any
     request_state: RequestState
+    room_is_taken: bool
 
     def poll(self) -> Any:
         """SGLang's `KVPoll` of this request."""
@@ -48,6 +56,12 @@ class _Poller:
     def failure_exception(self) -> None:
         """Raise why the transfer failed."""
         self.conclude_state = KVPoll.Failed
+        if self.room_is_taken:
+            raise KVTransferError(
+                self.bootstrap_room,
+                f"bootstrap_room {self.bootstrap_room} is taken by a request that is not over; "
+                f"rooms must be unique",
+            )
         with self.kv_mgr.failure_lock:
             reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         self.clear()
@@ -72,10 +86,14 @@ class KvqSender(_Poller, CommonKVSender):
         bootstrap_room: int,
         **options: Any,
     ) -> None:
+        self.room_is_taken = bootstrap_room in mgr.request_status
         super().__init__(mgr, bootstrap_addr, bootstrap_room, **options)
         self.request_state = mgr.make_request_state(bootstrap_room)
         self.num_tokens = 0
-        mgr.thread.open_room(bootstrap_room, self.request_state)
+        if self.room_is_taken:
+            self.conclude_state = KVPoll.Failed
+        else:
+            mgr.thread.open_room(bootstrap_room, self.request_state)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens the decode instance has already, a multiple of the page size."""
@@ -149,6 +167,8 @@ class KvqSender(_Poller, CommonKVSender):
 
     def abort(self) -> None:
         """Give up and tell the decode instance; SGLang frees the pages right after."""
+        if self.room_is_taken:
+            return
         reason = "the request was aborted at the prefill instance"
         self.request_state.fail(reason)
         self.conclude_state = KVPoll.Failed
@@ -156,6 +176,8 @@ class KvqSender(_Poller, CommonKVSender):
 
     def clear(self) -> None:
         """Forget the request; a decode instance that still waits is told."""
+        if self.room_is_taken:
+            return
         self.request_state.forget()
         self.kv_mgr.thread.close_room(
             self.bootstrap_room, self.request_state, "the prefill instance dropped the request"
@@ -169,22 +191,27 @@ class KvqReceiver(_Poller, CommonKVReceiver):
     def __init__(
         self, mgr: KvqManager, bootstrap_addr: str, bootstrap_room: int | None = None
     ) -> None:
+        self.room_is_taken = bootstrap_room in mgr.request_status
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self.request_state = mgr.make_request_state(self.bootstrap_room)
         self.nonce = secrets.randbits(64)
         self.endpoints: list[str] = []
         self.has_pages = False
+        if self.room_is_taken:
+            self.conclude_state = KVPoll.Failed
 
     def init(self, prefill_dp_rank: int) -> None:
-        """Find the prefill ranks and connect to them."""
-        super().init(prefill_dp_rank)
-        if self.conclude_state == KVPoll.Failed:
+        """Find the prefill ranks and connect to them; a wrong answer fails this request only."""
+        if self.room_is_taken:
             return
         try:
+            super().init(prefill_dp_rank)
+            if self.conclude_state == KVPoll.Failed:
+                return
             self.endpoints = endpoints_of(self.bootstrap_infos)
-        except TransferError as error:
+        except Exception as error:  # SGLang looks at no field before it uses it
             self.kv_mgr.forget_bootstrap(self.bootstrap_addr)
-            self.request_state.fail(f"bootstrap server {self.bootstrap_addr}: {error}")
+            self.request_state.fail(describe_answer(self.bootstrap_addr, error))
             return
         self.kv_mgr.thread.announce(
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state
@@ -250,6 +277,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
 
     def abort(self) -> None:
         """Give up and tell the prefill instance; SGLang frees the pages right after."""
+        if self.room_is_taken:
+            return
         reason = self.kv_mgr.refusals.get(
             self.bootstrap_addr, "the request was aborted at the decode instance"
         )
@@ -259,6 +288,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
 
     def clear(self) -> None:
         """Forget the request."""
+        if self.room_is_taken:
+            return
         self.request_state.forget()
         self._close("the decode instance dropped the request")
         self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)

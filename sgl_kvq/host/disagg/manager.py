@@ -23,6 +23,9 @@ from sgl_kvq.transfer.protocol.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.protocol.messages import Request
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
+MAX_RANKS = 4096
+_SIZES = ("attn_tp_size", "attn_cp_size", "dp_size", "pp_size")
+
 
 class KvqManager(CommonKVManager):
     """Owns the transfer thread of a rank; SGLang polls what it writes into `request_status`.
@@ -108,10 +111,25 @@ class KvqManager(CommonKVManager):
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """Call SGLang's; a prefill instance that does not fit fails its requests, not this rank."""
         try:
-            return bool(super().try_ensure_parallel_info(bootstrap_addr))
-        except (RuntimeError, AssertionError) as error:
-            self.refusals[bootstrap_addr] = str(error)
+            known = bool(super().try_ensure_parallel_info(bootstrap_addr))
+        except Exception as error:  # SGLang looks at no field before it uses it
+            self.refusals[bootstrap_addr] = describe_answer(bootstrap_addr, error)
             return False
+        if known:
+            self.refusals.pop(bootstrap_addr, None)
+        return known
+
+    def _resolve_rank_mapping(self, info: Any) -> None:
+        """Call SGLang's, which divides by these numbers and makes lists as long.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        for name in _SIZES:
+            size = getattr(info, name)
+            if not 1 <= size <= MAX_RANKS:
+                raise TransferError(f"expected {name} of 1 to {MAX_RANKS}, got {size}")
+        super()._resolve_rank_mapping(info)
 
     def _on_requested(self, room: int, request: Request) -> None:
         self.req_to_decode_prefix_len[room] = request.prefix_pages * PAGE_SIZE
@@ -166,6 +184,12 @@ class KvqManager(CommonKVManager):
             offset += size
 
 
+def describe_answer(bootstrap_addr: str, error: Exception) -> str:
+    """One line on a bootstrap server's answer that cannot be used."""
+    reason = str(error) if isinstance(error, TransferError) else repr(error)
+    return f"bootstrap server {bootstrap_addr}: cannot use its answer ({' '.join(reason.split())})"
+
+
 def endpoints_of(bootstrap_infos: list[dict[str, Any]]) -> list[str]:
     """tcp:// addresses of prefill ranks.
 
@@ -186,5 +210,7 @@ def endpoints_of(bootstrap_infos: list[dict[str, Any]]) -> list[str]:
 
 
 def _endpoint_of(bootstrap_info: dict[str, Any]) -> str:
-    host = str(bootstrap_info["rank_ip"])
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{bootstrap_info['rank_port']}"
+    host, port = bootstrap_info.get("rank_ip"), bootstrap_info.get("rank_port")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 2**16:
+        raise TransferError(f"expected rank_ip and a rank_port up to 65535, got {host} and {port}")
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
