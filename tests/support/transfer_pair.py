@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
+from sgl_kvq.transfer.protocol.prompt import describe_prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 NUM_LAYERS = 3
@@ -132,9 +133,10 @@ class PrefillSide:
     def _success(self, room: int) -> None:
         self.outcomes[room].result = "success"
 
-    def open(self, room: int) -> Outcome:
+    def open(self, room: int, token_ids: Sequence[int] = ()) -> Outcome:
         self.outcomes[room] = Outcome()
-        self.thread.open_room(room, self.outcomes[room].state)
+        prompt = describe_prompt(token_ids)
+        self.thread.open_room(room, self.outcomes[room].state, prompt)
         return self.outcomes[room]
 
     def send(self, room: int, pages: torch.Tensor, num_tokens: int, first_page: int = 0) -> None:
@@ -199,7 +201,14 @@ class DecodeSide:
     def wait_ready(self, endpoint: str) -> None:
         wait_for(lambda: self.thread.connection_state(endpoint)[0] is ConnectionState.READY)
 
-    def start(self, room: int, pages: torch.Tensor, prefix_pages: int = 0, peers: int = 1) -> None:
+    def start(
+        self,
+        room: int,
+        pages: torch.Tensor,
+        prefix_pages: int = 0,
+        peers: int = 1,
+        token_ids: Sequence[int] = (),
+    ) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
         transfer = IncomingTransfer(
             room,
@@ -208,6 +217,7 @@ class DecodeSide:
             prefix_pages,
             pages.numpy(),
             self.thread.access.fence(),
+            describe_prompt(token_ids),
             lambda data: self.metadata.__setitem__(room, data),
         )
         self.thread.start_transfer(transfer, self.endpoints[room], peers)

@@ -32,7 +32,7 @@ def make_part(made: list[Bytes]) -> tuple[OutgoingPart, SendBuffers]:
     transfer = OutgoingTransfer(1)
     transfer.add_blocks([metadata_block(b"")] * NUM_BLOCKS, True)
     buffers = SendBuffers(make)
-    request = Request(1, 2, 0, 0, 0, 1, 1, [])
+    request = Request(1, 2, 0, 0, 0, 1, 1, 0, 0, [])
     return OutgoingPart(transfer, Peer(b"peer", 1), request, buffers), buffers
 
 

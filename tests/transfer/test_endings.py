@@ -140,3 +140,25 @@ def test_threads_and_sockets_are_gone_after_stop() -> None:
             ship(prefill, decode, 1, 200)
     assert threading.active_count() == before
     wait_for(lambda: len(list(Path("/proc/self/fd").iterdir())) <= files)
+
+
+def test_a_room_that_the_prefill_instance_refused_is_refused_to_whoever_asks() -> None:
+    """Of several requests with one room, one is served; the others end at once on both sides."""
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    with stopped(prefill, decode):
+        ship(prefill, decode, 1, 200)
+        prefill.thread.refuse_room(1, "room 1 is taken")
+        result = decode.announce(1, [prefill.endpoint])
+        decode.start(1, take_pages(decode.pool, 200, 40))
+        wait_for(lambda: bool(result.result), 1.0)
+        assert "room 1 is taken" in result.reason
+        decode.close(1)
+        ship(prefill, decode, 2, 200, first=10)
+        # The room of a request that came later is served.
+        result = decode.announce(1, [prefill.endpoint])
+        out = prefill.open(1)
+        wait_for(lambda: 1 in prefill.thread.rooms)
+        decode.start(1, take_pages(decode.pool, 200, 44))
+        wait_for(lambda: 1 in prefill.requested[-1:])
+        assert not out.result
+        assert not result.result

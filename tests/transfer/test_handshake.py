@@ -19,6 +19,7 @@ from tests.support.transfer_pair import (
     fingerprint,
     make_pool,
     stopped,
+    take_pages,
     wait_for,
 )
 
@@ -79,3 +80,31 @@ def test_another_wire_version_is_refused_with_both_versions() -> None:
         assert isinstance(answer, Refuse)
         assert f"prefill {WIRE_VERSION}, decode {WIRE_VERSION + 1}" in answer.reason
         assert not prefill.thread.peers
+
+
+@pytest.mark.parametrize(
+    ("prefill_ids", "decode_ids", "words"),
+    [
+        (range(290), range(310), "prefill has 290 tokens, decode 310"),
+        (range(300), range(1, 301), "both have 300 tokens, but other ids"),
+    ],
+)
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_other_prompts_fail_on_both_sides_before_a_block_leaves(
+    prefill_ids: range, decode_ids: range, words: str, first: str
+) -> None:
+    """The page counts are the same; whichever instance gets the request first."""
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    with stopped(prefill, decode):
+        sent, got = take_pages(prefill.pool, 300, 1), take_pages(decode.pool, 300, 20)
+        out = prefill.open(1, prefill_ids) if first == "prefill" else None
+        result = decode.announce(1, [prefill.endpoint])
+        decode.start(1, got, token_ids=decode_ids)
+        wait_for(lambda: bool(out and out.result) or 1 in prefill.thread.rooms)
+        out = out or prefill.open(1, prefill_ids)
+        prefill.send(1, sent, 300)
+        wait_for(lambda: bool(out.result and result.result))
+        assert (out.result, result.result) == ("failed", "failed")
+        assert words in out.reason
+        assert words in result.reason
+        assert bool((decode.pool.layers[0].pages == 0xEE).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, metadata_block
 from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.protocol.header import BlockKind
+from sgl_kvq.transfer.protocol.prompt import describe_prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
@@ -59,8 +61,7 @@ class _Poller:
         if self.room_is_taken:
             raise KVTransferError(
                 self.bootstrap_room,
-                f"bootstrap_room {self.bootstrap_room} is taken by a request that is not over; "
-                f"rooms must be unique",
+                taken_room(self.bootstrap_room),
             )
         with self.kv_mgr.failure_lock:
             reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
@@ -92,8 +93,13 @@ class KvqSender(_Poller, CommonKVSender):
         self.num_tokens = 0
         if self.room_is_taken:
             self.conclude_state = KVPoll.Failed
-        else:
-            mgr.thread.open_room(bootstrap_room, self.request_state)
+            mgr.thread.refuse_room(bootstrap_room, taken_room(bootstrap_room))
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Open the room; the decode instance's request must be for the same tokens."""
+        if not self.room_is_taken:
+            prompt = describe_prompt(token_ids)
+            self.kv_mgr.thread.open_room(self.bootstrap_room, self.request_state, prompt)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens the decode instance has already, a multiple of the page size."""
@@ -195,10 +201,15 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self.request_state = mgr.make_request_state(self.bootstrap_room)
         self.nonce = secrets.randbits(64)
+        self.prompt = describe_prompt(())
         self.endpoints: list[str] = []
         self.has_pages = False
         if self.room_is_taken:
             self.conclude_state = KVPoll.Failed
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Note the tokens whose KV is to come, for the prefill instance to compare."""
+        self.prompt = describe_prompt(token_ids)
 
     def init(self, prefill_dp_rank: int) -> None:
         """Find the prefill ranks and connect to them; a wrong answer fails this request only."""
@@ -268,6 +279,7 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             (decode_prefix_len or 0) // PAGE_SIZE,
             np.asarray(kv_indices, dtype=np.int64),
             manager.access.fence(),
+            self.prompt,
             lambda data: manager.write_metadata(aux_index or 0, data),
         )
         self.request_state.advance(
@@ -299,6 +311,14 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         self.kv_mgr.thread.close_room(
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state, reason
         )
+
+
+def taken_room(room: int) -> str:
+    """Why a second request with a room fails."""
+    return (
+        f"bootstrap_room {room} is taken by a request that is not over; rooms must be unique "
+        f"(SGLang gives all samples of a request with n > 1 one room: PD serves n = 1)"
+    )
 
 
 class KvqBootstrapServer(CommonKVBootstrapServer):

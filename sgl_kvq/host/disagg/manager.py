@@ -10,6 +10,7 @@ from typing import Any
 
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.host.disagg.model_identity import model_identity
 from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
@@ -70,6 +71,7 @@ class KvqManager(CommonKVManager):
             num_kv_heads,
             weights_digest(self.server_args.model_path),
             model_calibration(config, model_config).digest,
+            model_identity(model_config, self.server_args),
         )
         instance = secrets.randbits(64)
         if str(pool.device) == "cpu":

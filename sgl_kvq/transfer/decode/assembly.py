@@ -18,6 +18,7 @@ from sgl_kvq.transfer.codecs.registry import decode_payload
 from sgl_kvq.transfer.decode.sources import Source, check_sources
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, check_payload
 from sgl_kvq.transfer.protocol.messages import MAX_LIST, Request
+from sgl_kvq.transfer.protocol.prompt import Prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
@@ -37,6 +38,7 @@ class IncomingTransfer:
         prefix_pages: Leading pages of the sequence that are here already.
         pages: int64 [n], where the other pages go in the pool.
         fence: `PoolAccess.fence` after the pages were allocated.
+        prompt: The tokens of the request, for the prefill rank to compare.
         store_metadata: Called with SGLang's record of the first token.
     """
 
@@ -48,11 +50,12 @@ class IncomingTransfer:
         prefix_pages: int,
         pages: PageIds,
         fence: list[Any],
+        prompt: Prompt,
         store_metadata: Callable[[bytes], None],
     ) -> None:
         self.room, self.nonce, self.state = room, nonce, state
         self.prefix_pages, self.pages, self.fence = prefix_pages, pages, fence
-        self.store_metadata = store_metadata
+        self.prompt, self.store_metadata = prompt, store_metadata
         self.metadata: bytes | None = None
         self.parts: list[IncomingPart] = []
         self.started = time.monotonic()
@@ -176,6 +179,8 @@ class IncomingPart:
             first_head=self.heads.first,
             num_heads=self.heads.count,
             peers=self.peers,
+            num_tokens=transfer.prompt.num_tokens,
+            token_digest=transfer.prompt.digest,
             have=sorted(self.received)[:MAX_LIST],
         )
 

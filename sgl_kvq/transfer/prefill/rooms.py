@@ -13,6 +13,7 @@ from sgl_kvq.memory_pool.page_io.span import Bytes, HeadRange
 from sgl_kvq.transfer.blocks import Block
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.protocol.messages import Request
+from sgl_kvq.transfer.protocol.prompt import Prompt, check_prompts
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class OutgoingTransfer:
 
     Attributes:
         state: Whether the request is over; None until it arrives from SGLang.
+        prompt: Its tokens; None until then.
         blocks: Blocks by number.
         complete: Whether no further blocks will come.
         num_pages: Pages that will be sent, once known.
@@ -237,6 +239,7 @@ class OutgoingTransfer:
     def __init__(self, room: int) -> None:
         self.room = room
         self.state: RequestState | None = None
+        self.prompt: Prompt | None = None
         self.blocks: list[Block] = []
         self.complete = False
         self.num_pages: int | None = None
@@ -264,10 +267,19 @@ class OutgoingTransfer:
             return None
         if len(self.parts) >= first.peers:
             return "this room is served to another decode instance"
-        same = (request.peers, request.prefix_pages, request.num_pages)
-        if same != (first.peers, first.prefix_pages, first.num_pages):
+        if _shared_fields(request) != _shared_fields(first):
             return "decode ranks disagree about this room"
         return None
+
+    def check_prompt(self) -> None:
+        """Compare the decode instance's prompt with this one, once both are known.
+
+        Raises:
+            TransferError: their tokens differ.
+        """
+        if self.prompt is not None and self.request is not None:
+            decode = Prompt(self.request.num_tokens, self.request.token_digest)
+            check_prompts(self.prompt, decode)
 
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
@@ -276,3 +288,14 @@ class OutgoingTransfer:
             self.complete, self.early_bytes = True, self.bytes_landed
         for part in self.parts.values():
             part.enqueue_new()
+
+
+def _shared_fields(request: Request) -> tuple[int, ...]:
+    """What the requests of all decode ranks of a transfer have in common."""
+    return (
+        request.peers,
+        request.prefix_pages,
+        request.num_pages,
+        request.num_tokens,
+        request.token_digest,
+    )

@@ -41,6 +41,7 @@ from sgl_kvq.transfer.protocol.messages import (
     pack_message,
     parse_message,
 )
+from sgl_kvq.transfer.protocol.prompt import Prompt
 from sgl_kvq.transfer.runtime.curve import secure_server
 from sgl_kvq.transfer.runtime.event_loop import CONTROL, TransferThread
 from sgl_kvq.transfer.runtime.request_state import RequestState
@@ -48,6 +49,7 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 logger = logging.getLogger(__name__)
 
 MAX_PEERS = 1024
+MAX_REFUSED = 1024
 
 
 class PrefillThread(TransferThread):
@@ -81,6 +83,7 @@ class PrefillThread(TransferThread):
         super().__init__("prefill", config, access, fingerprint, instance)
         self.peers: dict[bytes, Peer] = {}
         self.rooms: dict[int, OutgoingTransfer] = {}
+        self._refused: dict[int, tuple[str, float]] = {}
         self._on_requested, self._on_success = on_requested, on_success
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -118,9 +121,13 @@ class PrefillThread(TransferThread):
 
     # Called from the scheduler thread.
 
-    def open_room(self, room: int, state: RequestState) -> None:
+    def open_room(self, room: int, state: RequestState, prompt: Prompt) -> None:
         """A request has arrived; its transfer begins with the decode instance's request."""
-        self.post(lambda: self._open(room, state))
+        self.post(lambda: self._open(room, state, prompt))
+
+    def refuse_room(self, room: int, reason: str) -> None:
+        """A further request with a room was refused; whoever asks for it later is told."""
+        self.post(lambda: self._refuse(room, reason))
 
     def expect_pages(self, room: int, num_pages: int) -> None:
         """How many pages are going to be sent; the decode instance must expect as many."""
@@ -136,14 +143,20 @@ class PrefillThread(TransferThread):
 
     # Everything below runs in this thread.
 
-    def _open(self, room: int, state: RequestState) -> None:
+    def _open(self, room: int, state: RequestState, prompt: Prompt) -> None:
         transfer = self.rooms.setdefault(room, OutgoingTransfer(room))
         if transfer.state is not None and transfer.state is not state:
             state.fail(f"room {room} is taken by another request; rooms must be unique")
             return
-        transfer.state = state
+        transfer.state, transfer.prompt = state, prompt
+        self._refused.pop(room, None)
         transfer.opened = transfer.last_heard = time.monotonic()
         self._check_requested(transfer)
+
+    def _refuse(self, room: int, reason: str) -> None:
+        self._refused[room] = (reason, time.monotonic())
+        while len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     def _expect(self, room: int, num_pages: int) -> None:
         transfer = self.rooms.get(room)
@@ -273,11 +286,18 @@ class PrefillThread(TransferThread):
         if part is not None:
             return "this peer requested the room already"
         if transfer is None:
+            if request.room in self._refused:
+                return self._refused[request.room][0]
             rooms = sum(peer.identity in other.parts for other in self.rooms.values())
             return "too many rooms at once" if rooms >= MAX_ROOMS_PER_PEER else None
         return transfer.refusal(request)
 
     def _check_requested(self, transfer: OutgoingTransfer) -> None:
+        try:
+            transfer.check_prompt()
+        except TransferError as error:
+            self._fail(transfer, str(error))
+            return
         state, request = transfer.state, transfer.request
         if state is not None and request is not None and transfer.all_requested:
             self.metrics.observe("bootstrapping", time.monotonic() - transfer.opened)
@@ -362,6 +382,9 @@ class PrefillThread(TransferThread):
         for transfer in list(self.rooms.values()):
             if now - transfer.last_heard > deadline_s:
                 self._fail(transfer, self._silence(transfer))
+        for room, (_, since) in list(self._refused.items()):
+            if now - since > deadline_s:
+                del self._refused[room]
         for peer in list(self.peers.values()):
             used = any(peer.identity in transfer.parts for transfer in self.rooms.values())
             if not used and now - peer.last_heard > 4 * deadline_s:

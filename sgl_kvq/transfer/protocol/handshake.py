@@ -25,6 +25,7 @@ def make_fingerprint(
     num_kv_heads: int,
     weights: str,
     calibration: str = "unset",
+    identity: Fingerprint | None = None,
 ) -> Fingerprint:
     """Everything that decides what a page's bytes mean, and whether they are of the same model.
 
@@ -34,6 +35,7 @@ def make_fingerprint(
         num_kv_heads: KV heads of the model, over all ranks.
         weights: What `weights_digest` returned.
         calibration: Digest of the file that `--kv-quant-config` names, "unset" without one.
+        identity: What else of the model decides its KV, such as its configuration.
     """
     layout = layouts[0]
     return {
@@ -52,6 +54,7 @@ def make_fingerprint(
         "layers": len(layouts),
         "weights": weights,
         "--kv-quant-config": calibration,
+        **(identity or {}),
     }
 
 
@@ -120,7 +123,7 @@ def weights_digest(model_path: str) -> str:
     Returns:
         16 hexadecimal digits; of the path itself when no weight file is found.
     """
-    folder = _local_folder(model_path)
+    folder = local_folder(model_path)
     state = xxhash.xxh3_64()
     files = sorted(folder.glob("*.safetensors")) if folder else []
     files = files or (sorted(folder.glob("*.bin")) if folder else [])
@@ -132,7 +135,8 @@ def weights_digest(model_path: str) -> str:
     return state.hexdigest()
 
 
-def _local_folder(model_path: str) -> Path | None:
+def local_folder(model_path: str) -> Path | None:
+    """Folder of a model that is given by its path, or by its name in the Hugging Face cache."""
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         return folder

@@ -90,7 +90,7 @@ class Request:
     """Decode has pages ready and wants a transfer; sent again after a lost connection.
 
     `prefix_pages` leading pages are already there. `peers` decode ranks send this prefill rank a
-    request for the room.
+    request for the room. `num_tokens` and `token_digest` are those of the whole prompt (`Prompt`).
     `have` lists blocks that need not be sent again.
     """
 
@@ -101,6 +101,8 @@ class Request:
     first_head: U16
     num_heads: U16
     peers: U16
+    num_tokens: U32
+    token_digest: U64
     have: Seqs
 
 
