@@ -18,7 +18,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
 def test_beyond_loopback_only_with_keys(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_only_known_keys_get_anything(tmp_path: Path) -> None:
     make_keys(theirs, ["decode"])
     # The stranger knows the prefill instance's public key, but its own is not in the folder.
     (theirs / "prefill.key").write_bytes((ours / "prefill.key").read_bytes())
-    keyed = {"deadline_s": 2.0, "block_bytes": 16384}
+    keyed = {"deadline_s": 4.0, "block_bytes": 16384}
     prefill = PrefillSide(TransferConfig(keys=ours, **keyed))
     decode = DecodeSide(TransferConfig(keys=ours, **keyed))
     stranger = DecodeSide(TransferConfig(keys=theirs, **keyed))

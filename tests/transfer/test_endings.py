@@ -21,7 +21,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
 def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
@@ -93,7 +93,7 @@ def test_a_peer_that_never_asks_or_never_answers_ends_at_the_deadline() -> None:
         decode.start(2, take_pages(decode.pool, 100, 1))
         nobody = decode.announce(3, ["tcp://127.0.0.1:9"])
         wait_for(lambda: bool(alone.result and unknown.result and nobody.result))
-        assert 2.5 < time.monotonic() - began < 6.0
+        assert 3.5 < time.monotonic() - began < 7.0
         assert "no decode instance asked" in alone.reason
         assert "did not reach the prefill instance" in unknown.reason or "silent" in unknown.reason
         assert "no prefill instance answers" in nobody.reason

@@ -38,6 +38,7 @@ from sgl_kvq.transfer.protocol.messages import (
     OtherVersion,
     Refuse,
     Welcome,
+    alive_messages,
     parse_message,
 )
 from sgl_kvq.transfer.runtime.event_loop import BLOCK, CONTROL, TransferThread
@@ -350,8 +351,12 @@ class DecodeThread(TransferThread):
 
     def _on_refuse(self, connection: Connection, reason: str) -> None:
         connection.state, connection.reason = ConnectionState.REFUSED, reason
+        self._fail_rooms(connection, reason)
+
+    def _fail_rooms(self, connection: Connection, reason: str) -> None:
         for _, state, _ in connection.waiting.values():
             state.fail(reason)
+        connection.waiting.clear()
         for part in list(connection.parts.values()):
             self._fail(part.transfer, reason)
 
@@ -378,16 +383,25 @@ class DecodeThread(TransferThread):
                 if state is not ConnectionState.READY or silent_s > deadline_s:
                     self._connections.close(connection)
             elif connection.broken or silent_s > deadline_s / 3:
-                self._connections.reconnect(connection)
+                self._reconnect(connection)
             elif no_answer and now - connection.hello_sent > HELLO_INTERVAL_S:
                 self._connections.send_hello(connection)
+
+    def _reconnect(self, connection: Connection) -> None:
+        try:
+            self._connections.reconnect(connection)
+        except (KvqError, zmq.ZMQError, OSError) as error:
+            reason = f"cannot connect again to {connection.endpoint}: {error}"
+            self._fail_rooms(connection, reason)
+            self._connections.close(connection)
 
     @override
     def send_alive(self) -> None:
         for connection in self.connections.values():
             rooms = [[room, nonce] for room, (nonce, _, _) in connection.waiting.items()]
             rooms += [[room, part.transfer.nonce] for room, part in connection.parts.items()]
-            self._send(connection, Alive(rooms))
+            for message in alive_messages(rooms):
+                self._send(connection, message)
 
     def _expire(self, connection: Connection, now: float) -> None:
         deadline_s = self.config.deadline_s
@@ -409,8 +423,5 @@ class DecodeThread(TransferThread):
     def close(self) -> None:
         """Fail every transfer and close the connections."""
         for connection in list(self.connections.values()):
-            for _, state, _ in connection.waiting.values():
-                state.fail("the decode instance is shutting down")
-            for part in list(connection.parts.values()):
-                self._fail(part.transfer, "the decode instance is shutting down")
+            self._fail_rooms(connection, "the decode instance is shutting down")
             self._connections.close(connection)

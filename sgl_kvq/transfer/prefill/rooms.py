@@ -72,6 +72,7 @@ class Peer:
         reachable: Whether ZeroMQ still has a connection to it.
         bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
         last_heard: Time of its last message, in seconds.
+        parts: Parts that are not over.
         round_robin: Parts with blocks to send, the next one first.
         messages: Messages whose blocks are being read, in order of sending.
     """
@@ -81,6 +82,7 @@ class Peer:
     reachable: bool = True
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
+    parts: set[OutgoingPart] = field(default_factory=set)
     round_robin: OrderedDict[OutgoingPart, None] = field(default_factory=OrderedDict)
     messages: deque[list[OutgoingBlock]] = field(default_factory=deque)
 
@@ -115,6 +117,7 @@ class OutgoingPart:
         # By state, for the order: QUEUED in order of queueing, with others among them, ...
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, InFlightBlock] = {}  # ... IN_FLIGHT in order of sending.
+        peer.parts.add(self)
         self.enqueue_new()
 
     def state_of(self, seq: int) -> BlockState | None:
@@ -215,6 +218,7 @@ class OutgoingPart:
         self._states.clear()
         self._queue.clear()
         self.peer.round_robin.pop(self, None)
+        self.peer.parts.discard(self)
 
 
 class OutgoingTransfer:

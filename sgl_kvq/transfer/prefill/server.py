@@ -38,6 +38,7 @@ from sgl_kvq.transfer.protocol.messages import (
     Refuse,
     Request,
     Welcome,
+    alive_messages,
     pack_message,
     parse_message,
 )
@@ -288,8 +289,7 @@ class PrefillThread(TransferThread):
         if transfer is None:
             if request.room in self._refused:
                 return self._refused[request.room][0]
-            rooms = sum(peer.identity in other.parts for other in self.rooms.values())
-            return "too many rooms at once" if rooms >= MAX_ROOMS_PER_PEER else None
+            return "too many rooms at once" if len(peer.parts) >= MAX_ROOMS_PER_PEER else None
         return transfer.refusal(request)
 
     def _check_requested(self, transfer: OutgoingTransfer) -> None:
@@ -386,8 +386,7 @@ class PrefillThread(TransferThread):
             if now - since > deadline_s:
                 del self._refused[room]
         for peer in list(self.peers.values()):
-            used = any(peer.identity in transfer.parts for transfer in self.rooms.values())
-            if not used and now - peer.last_heard > 4 * deadline_s:
+            if not peer.parts and now - peer.last_heard > 4 * deadline_s:
                 del self.peers[peer.identity]
 
     def _silence(self, transfer: OutgoingTransfer) -> str:
@@ -408,7 +407,8 @@ class PrefillThread(TransferThread):
                 if not part.done:
                     rooms.setdefault(identity, []).append([transfer.room, part.nonce])
         for identity, peer in self.peers.items():
-            self._tell(peer, Alive(rooms.get(identity, [])))
+            for message in alive_messages(rooms.get(identity, [])):
+                self._tell(peer, message)
 
     @override
     def close(self) -> None:
