@@ -146,12 +146,13 @@ class PrefillSide:
         num_rows = num_tokens % PAGE_SIZE
         closed = places[:-1] if num_rows and len(places) else places
         row_bytes = self.thread.access.row_bytes(self.heads)
-        sizes = (NUM_LAYERS, row_bytes, self.config.block_bytes)
+        block_bytes = self.thread.block_bytes(room)
+        sizes = (NUM_LAYERS, row_bytes, block_bytes)
         blocks: list[Block] = []
         if first_page == 0 and len(closed):
             blocks += cut_rows(BlockKind.SINK_ROWS, places[:1], SINK_TOKENS, *sizes)
         page_bytes = [layout.page_bytes for layout in self.pool.plan.layouts]
-        blocks += cut_pages(first_page, closed, page_bytes, self.config.block_bytes)
+        blocks += cut_pages(first_page, closed, page_bytes, block_bytes)
         if num_rows and len(places):
             blocks += cut_rows(BlockKind.OPEN_ROWS, places[-1:], num_rows, *sizes)
         blocks.append(metadata_block(METADATA))

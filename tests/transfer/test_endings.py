@@ -6,10 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.prefill import pace
 from tests.support.proxy import Proxy
 from tests.support.transfer_pair import (
     DecodeSide,
@@ -24,8 +26,11 @@ from tests.support.transfer_pair import (
 CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
-def test_pages_written_while_they_are_sent_are_never_accepted() -> None:
+def test_pages_written_while_they_are_sent_are_never_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """They are sent from where they lie; SGLang frees them, another request writes them."""
+    monkeypatch.setattr(pace, "START_BYTES", 2**25)  # as after many transfers
     config = TransferConfig(deadline_s=10.0, block_bytes=2**20)
     prefill, decode = (side(config, format_name="bf16") for side in (PrefillSide, DecodeSide))
     proxy = Proxy(prefill.thread.port)

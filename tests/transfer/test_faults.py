@@ -152,7 +152,7 @@ def test_a_bad_header_hurts_its_own_block(lab: Lab, monkeypatch: pytest.MonkeyPa
     assert result.result == "success"
     assert damaged == [3]
     assert retries.get() == before + 1
-    assert most_frames > 5
+    assert most_frames > 3  # several blocks in a message
     assert_equal(lab.prefill, lab.sent, lab.decode, got, NUM_TOKENS)
 
 

@@ -154,7 +154,7 @@ class KvqSender(_Poller, CommonKVSender):
         plan = manager.pool.plan
         ready = self.__dict__.pop("_early_send_wait_event", None)
         row_bytes = manager.access.row_bytes(manager.access.heads)
-        sizes = {"block_bytes": manager.config.block_bytes, "ready": ready}
+        sizes = {"block_bytes": manager.thread.block_bytes(self.bootstrap_room), "ready": ready}
         first_page = self.num_tokens // PAGE_SIZE
         self.num_tokens += num_new_tokens
         pages = np.asarray(page_indices, dtype=np.int64)

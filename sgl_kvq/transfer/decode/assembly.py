@@ -134,7 +134,7 @@ class IncomingPart:
         self.acks: list[int] = []
         self.nacks: list[int] = []
         self.done_sent = False
-        self.last_heard = self.last_progress = time.monotonic()
+        self.last_heard = self.last_progress = self.requested = time.monotonic()
         self.wire_bytes = 0
         # What is neither written nor claimed: closed pages by layer, 16-bit rows by layer.
         num_layers, num_pages = access.num_layers, len(transfer.pages)

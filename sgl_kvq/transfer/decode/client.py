@@ -140,7 +140,7 @@ class DecodeThread(TransferThread):
         except TransferError as error:
             self._fail(part.transfer, str(error))
             return
-        part.last_progress = time.monotonic()
+        part.last_progress = part.requested = time.monotonic()
         self._send(connection, part.request())
 
     def _close_room(
@@ -219,6 +219,7 @@ class DecodeThread(TransferThread):
                 header = parse_header(headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES])
                 block = self._on_block(connection, header, payload)
             except KvqError as error:
+                connection.damaged = connection.last_heard
                 self.count_refused(error)
             else:
                 if block is not None:
@@ -233,6 +234,7 @@ class DecodeThread(TransferThread):
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
         part.last_heard = connection.last_heard
+        connection.reconnected_silent = False
         try:
             return part.claim(header, payload)
         except WireError as error:
@@ -361,12 +363,12 @@ class DecodeThread(TransferThread):
             self._fail(part.transfer, reason)
 
     def _on_alive(self, connection: Connection, part: IncomingPart) -> None:
-        """The prefill rank works on the part. Blocks sent before this message are here or lost."""
+        """The prefill rank works on the part, though a damaged header may have hidden a block."""
         now = time.monotonic()
         part.last_heard = now
         if part.done_sent:
             self._send(connection, Done(part.transfer.room, part.transfer.nonce))
-        elif now - part.last_progress > self._retry_s:
+        elif part.requested < connection.damaged and now - part.last_progress > self._retry_s:
             self._request(connection, part)
 
     @override
@@ -382,7 +384,7 @@ class DecodeThread(TransferThread):
             if not connection.in_use:
                 if state is not ConnectionState.READY or silent_s > deadline_s:
                     self._connections.close(connection)
-            elif connection.broken or silent_s > deadline_s / 3:
+            elif connection.broken or silent_s > deadline_s * connection.patience:
                 self._reconnect(connection)
             elif no_answer and now - connection.hello_sent > HELLO_INTERVAL_S:
                 self._connections.send_hello(connection)

@@ -47,6 +47,8 @@ class Connection:
         heads: KV heads that the prefill rank holds.
         hello_sent: Time of the last Hello, in seconds.
         broken: Whether it must be replaced.
+        damaged: Time of the last block whose header could not be read, in seconds.
+        reconnected_silent: Whether the connection before was silent, and no block came since.
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
@@ -63,12 +65,20 @@ class Connection:
     heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
     hello_sent: float = 0.0
     broken: bool = False
+    damaged: float = 0.0
+    reconnected_silent: bool = False
     opened: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def patience(self) -> float:
+        """How long it may be silent, in deadlines; the second time a slow block gets the rest."""
+        ready = self.state is ConnectionState.READY
+        return 2 / 3 if ready and self.reconnected_silent else 1 / 3
 
     @property
     def in_use(self) -> bool:
@@ -157,6 +167,7 @@ class Connections:
         fresh = self._open(connection.endpoint, connection.identity)
         self.close(connection)
         fresh.waiting, fresh.parts = connection.waiting, connection.parts
+        fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
         fresh.finished, fresh.blocks = connection.finished, connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
         self._add(fresh)

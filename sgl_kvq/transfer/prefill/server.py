@@ -15,6 +15,7 @@ from sgl_kvq.transfer.blocks import Block
 from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
+from sgl_kvq.transfer.prefill.pace import Pace
 from sgl_kvq.transfer.prefill.rooms import (
     MAX_ROOMS_PER_PEER,
     MAX_TRIES,
@@ -95,7 +96,6 @@ class PrefillThread(TransferThread):
             self.socket,
             ReadContext(access, self._codec, self._buffers, self.digest),
             self.workers,
-            config,
             self.metrics,
             on_sending,
             self._fail,
@@ -133,6 +133,12 @@ class PrefillThread(TransferThread):
     def expect_pages(self, room: int, num_pages: int) -> None:
         """How many pages are going to be sent; the decode instance must expect as many."""
         self.post(lambda: self._expect(room, num_pages))
+
+    def block_bytes(self, room: int) -> int:
+        """Size to fill blocks up to, small for a slow link."""
+        transfer = self.rooms.get(room)
+        parts = list(transfer.parts.values()) if transfer else []
+        return min((part.peer.pace.block_bytes for part in parts), default=self.config.block_bytes)
 
     def add_blocks(self, room: int, blocks: list[Block], is_last: bool) -> None:
         """These blocks can leave."""
@@ -243,7 +249,7 @@ class PrefillThread(TransferThread):
             return
         known = self.peers.get(identity)
         if known is None or known.instance != hello.instance:
-            self.peers[identity] = Peer(identity, hello.instance)
+            self.peers[identity] = Peer(identity, hello.instance, Pace(self.config))
         else:
             known.reachable = True
             known.last_heard = time.monotonic()
