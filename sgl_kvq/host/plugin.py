@@ -179,9 +179,8 @@ def _create_sender(
     original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
     created = original(queue, req, *args, **kwargs)
-    sender = getattr(req, "disagg_kv_sender", None)
-    if created and hasattr(sender, "set_prompt"):
-        sender.set_prompt(req.origin_input_ids)
+    if created and hasattr(req.disagg_kv_sender, "set_prompt"):
+        req.disagg_kv_sender.set_prompt(req.origin_input_ids)
     return created
 
 

@@ -36,25 +36,25 @@ def test_a_copy_and_a_shorter_context_are_the_same_model(tiny_model_path: str, c
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ({"rope_theta": 7.5}, "rope"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope"),
-        ({"rms_norm_eps": 0.5}, "config"),
+        ({"rope_theta": 7.5}, "rope: prefill"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope: prefill"),
+        ({"rms_norm_eps": 0.5}, "config;"),
     ],
 )
 def test_overrides_are_compared(tiny_model_path: str, overrides: dict[str, Any], name: str) -> None:
-    with pytest.raises(TransferError, match=f"{name}: prefill"):
+    with pytest.raises(TransferError, match=name):
         check_fingerprint(identity(tiny_model_path), identity(tiny_model_path, overrides))
 
 
 def test_files_are_compared(tiny_model_path: str, copy: Path) -> None:
     tokenizer = (copy / "tokenizer.json").read_text()
     (copy / "tokenizer.json").write_text(tokenizer + " ")
-    with pytest.raises(TransferError, match=r"differ in tokenizer: prefill \w+, decode \w+; start"):
+    with pytest.raises(TransferError, match="differ in tokenizer; start"):
         check_fingerprint(identity(tiny_model_path), identity(copy))
     (copy / "tokenizer.json").write_text(tokenizer)
     other = copy.with_name("other")  # SGLang reads a folder's configuration once
     shutil.copytree(copy, other)
     values = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (other / "config.json").write_text(json.dumps(values))
-    with pytest.raises(TransferError, match=r"differ in config: prefill \w+, decode \w+; start"):
+    with pytest.raises(TransferError, match="differ in config; start"):
         check_fingerprint(identity(tiny_model_path), identity(other))

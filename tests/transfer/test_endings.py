@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -167,3 +168,36 @@ def test_a_room_that_the_prefill_instance_refused_is_refused_to_whoever_asks() -
         wait_for(lambda: 1 in prefill.requested[-1:])
         assert not out.result
         assert not result.result
+
+
+def test_a_command_after_the_end_writes_to_no_descriptor() -> None:
+    """The number of the thread's descriptor may belong to somebody else by then."""
+    decode = DecodeSide(CONFIG)
+    with stopped(decode):
+        pass
+    wake = decode.thread._wake
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    os.dup2(other, wake)
+    try:
+        decode.thread.post(lambda: None)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        for descriptor in {other, wake}:
+            os.close(descriptor)
+
+
+def test_a_failing_piece_of_work_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    work, failed = prefill.thread.work, []
+
+    def fail_once() -> bool:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("once")
+        return work()
+
+    with stopped(prefill, decode):
+        monkeypatch.setattr(prefill.thread, "work", fail_once)
+        ship(prefill, decode, 1, 200)
+        assert failed

@@ -10,7 +10,7 @@ import zmq
 from sgl_kvq.errors import TransferError
 from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.protocol.handshake import check_fingerprint
+from sgl_kvq.transfer.protocol.handshake import DIGESTS, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import Hello, Refuse, pack_message, parse_message
 from tests.support.transfer_pair import (
@@ -29,7 +29,7 @@ CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"weights": "other"}, "weights: prefill same, decode other"),
+        ({"weights": "other"}, "differ in weights; start"),
         ({"format_name": "hack4"}, "format: prefill hack2, decode hack4"),
     ],
 )
@@ -50,6 +50,11 @@ def test_handshake_compares_everything() -> None:
     assert expected <= set(mine)
     check_fingerprint(mine, dict(mine))
     for name, value in mine.items():
+        if name in DIGESTS:
+            with pytest.raises(TransferError, match=f"differ in {name};") as refusal:
+                check_fingerprint(mine, mine | {name: "7x"})
+            assert "7x" not in str(refusal.value)
+            continue
         with pytest.raises(TransferError, match=re.escape(f"{name}: prefill {value}, decode 7x")):
             check_fingerprint(mine, mine | {name: "7x"})
         with pytest.raises(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 from typing_extensions import override
+from zmq.auth.thread import ThreadAuthenticator
 
 from sgl_kvq.errors import ConfigError, TransferError, WireError
 from sgl_kvq.memory_pool.page_io.base import PoolAccess
@@ -101,9 +103,16 @@ class PrefillThread(TransferThread):
             self._fail,
         )
         self.socket.ipv6 = ":" in config.host
-        self._authenticator = secure_server(self.socket, config.keys) if config.keys else None
+        self._authenticator = self._secure(config.keys) if config.keys else None
         self.port = self._bind(tp_rank)
         self.poller.register(self.socket, zmq.POLLIN)
+
+    def _secure(self, keys: Path) -> ThreadAuthenticator:
+        try:
+            return secure_server(self.socket, keys)
+        except ConfigError:
+            self.context.destroy(linger=0)  # Python would wait for the open socket at exit
+            raise
 
     def _bind(self, tp_rank: int) -> int:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sgl_kvq.config import KVQuantConfig
     from sgl_kvq.formats.page_layout import PageLayout
 
+DIGESTS = ("weights", "config", "tokenizer")
+"""Values that say nothing to a person, and that are nobody else's business."""
 _SAMPLE_BYTES = 1024
 
 
@@ -78,11 +80,13 @@ def check_fingerprint(prefill: Fingerprint, decode: Fingerprint) -> None:
     """Refuse two instances that do not fit together.
 
     Raises:
-        TransferError: every differing field with both sides' values.
+        TransferError: every differing field, with both sides' values unless they are digests.
     """
     names = [*prefill, *(name for name in decode if name not in prefill)]
     differences = [
-        f"{name}: prefill {prefill.get(name, 'unset')}, decode {decode.get(name, 'unset')}"
+        name
+        if name in DIGESTS
+        else f"{name}: prefill {prefill.get(name, 'unset')}, decode {decode.get(name, 'unset')}"
         for name in names
         if prefill.get(name) != decode.get(name)
     ]
