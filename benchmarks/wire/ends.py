@@ -30,6 +30,7 @@ from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig, default_workers
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
+from sgl_kvq.transfer.protocol.prompt import describe_prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
@@ -102,7 +103,7 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
         last = metadata_block(bytes(2048))
         requested.clear()
         done.clear()
-        thread.open_room(room, RequestState(print))
+        thread.open_room(room, RequestState(print), describe_prompt(()))
         requested.wait()
         began = time.perf_counter()
         thread.add_blocks(room, [*blocks, last], True)
@@ -132,7 +133,7 @@ def _receive_end(pipe: Any, spec: EndSpec) -> None:
         def finish(data: bytes, done: threading.Event = done) -> None:
             done.set()
 
-        transfer = IncomingTransfer(room, room, state, 0, pages, [], finish)
+        transfer = IncomingTransfer(room, room, state, 0, pages, [], describe_prompt(()), finish)
         thread.start_transfer(transfer, [endpoint], 1)
         done.wait()
         thread.close_room([endpoint], room, room, state, None)

@@ -89,7 +89,8 @@ class TransferOptions:
     kv_quant_transfer_advertise: Annotated[
         str | None,
         "With kvq-zmq, prefill instance: HOST or HOST:PORT that decode instances connect to, "
-        "when it is not where this one listens (NAT, containers).",
+        "when it is not where this one listens (NAT, containers). PORT is that of tensor-parallel "
+        "rank 0; rank r's is the r-th port after it.",
         NS("disagg"),
     ] = None
     kv_quant_transfer_keys: Annotated[

@@ -171,6 +171,26 @@ def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
     return manager
 
 
+def _create_sender(
+    original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    created = original(queue, req, *args, **kwargs)
+    if created and hasattr(req.disagg_kv_sender, "set_prompt"):
+        req.disagg_kv_sender.set_prompt(req.origin_input_ids)
+    return created
+
+
+def _create_receiver(
+    original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    created = original(queue, req, *args, **kwargs)
+    if hasattr(created.kv_receiver, "set_prompt"):
+        again = calls.argument(original, "is_rebootstrap", queue, req, *args, **kwargs)
+        answered = list(req.output_ids) if again else []
+        created.kv_receiver.set_prompt([*req.origin_input_ids, *answered])
+    return created
+
+
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """Our backend runs on CPUs too, where SGLang's own helper kernels need PyTorch instead."""
     if backend == BACKEND:
@@ -190,6 +210,8 @@ HOOKS = (
     Hook(host.GET_KV_CLASS, _kv_class, "our classes for PD transfer"),
     Hook(host.PREFILL_MANAGER, _start_manager, "the transfer thread of a PD prefill instance"),
     Hook(host.DECODE_MANAGER, _start_manager, "the transfer thread of a PD decode instance"),
+    Hook(host.CREATE_SENDER, _create_sender, "the prompt of a PD transfer, at the sender"),
+    Hook(host.CREATE_RECEIVER, _create_receiver, "the same at the receiver, to be compared"),
     Hook(host.METRICS_REPORTER, _start_metrics, "our gauges, beside SGLang's"),
     Hook(host.LOG_STATS, _log_stats, "their values, whenever SGLang sets its own"),
 )

@@ -11,6 +11,9 @@ from sgl_kvq.errors import ConfigError
 from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 
+MIN_DEADLINE_S = 4.0
+"""A rank says every second what it works on; a connection that is silent is opened again before
+the deadline, more than once."""
 FLAG = "--kv-quant-transfer-"
 """What the names of the options begin with."""
 
@@ -51,9 +54,10 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         get_codec(self.codec)
-        if not 1.0 <= self.deadline_s <= 3600:
+        if not MIN_DEADLINE_S <= self.deadline_s <= 3600:
             raise ConfigError(
-                f"{FLAG}deadline-s: expected 1 to 3600 seconds, got {self.deadline_s}"
+                f"{FLAG}deadline-s: expected {MIN_DEADLINE_S:g} to 3600 seconds, got "
+                f"{self.deadline_s}"
             )
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"{FLAG}port: expected 0 to 65535, got {self.port}")

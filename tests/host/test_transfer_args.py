@@ -21,7 +21,7 @@ def options(**changes: Any) -> TransferConfig:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("deadline_s", 0.1, "1 to 3600"),
+        ("deadline_s", 3.9, "4 to 3600"),
         ("port", 70000, "0 to 65535"),
         ("block_kb", 1, "block-kb"),
         ("block_kb", 100_000, "block-kb"),

@@ -80,13 +80,17 @@ class Proxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket, down: bool) -> None:
         with suppress(OSError):
-            while data := source.recv(65536):
+            while data := source.recv(self._piece_bytes()):
                 if down:
                     data = self._downstream(data)
                 sink.sendall(data)
         for sock in (source, sink):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def _piece_bytes(self) -> int:
+        """What passes at once: 50 ms at the speed limit."""
+        return min(65536, max(1, int(self.bytes_per_s / 20))) if self.bytes_per_s else 65536
 
     def _downstream(self, data: bytes) -> bytes:
         while self.stalled.is_set() and not self._closing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
+from sgl_kvq.transfer.protocol.prompt import describe_prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from tests.support.sink_rows import give_sink_rows
 
@@ -135,9 +136,10 @@ class PrefillSide:
     def _success(self, room: int) -> None:
         self.outcomes[room].result = "success"
 
-    def open(self, room: int) -> Outcome:
+    def open(self, room: int, token_ids: Sequence[int] = ()) -> Outcome:
         self.outcomes[room] = Outcome()
-        self.thread.open_room(room, self.outcomes[room].state)
+        prompt = describe_prompt(token_ids)
+        self.thread.open_room(room, self.outcomes[room].state, prompt)
         return self.outcomes[room]
 
     def send(self, room: int, pages: torch.Tensor, num_tokens: int, first_page: int = 0) -> None:
@@ -147,12 +149,13 @@ class PrefillSide:
         num_rows = num_tokens % PAGE_SIZE
         closed = places[:-1] if num_rows and len(places) else places
         row_bytes = self.thread.access.row_bytes(self.heads)
-        sizes = (NUM_LAYERS, row_bytes, self.config.block_bytes)
+        block_bytes = self.thread.block_bytes(room)
+        sizes = (NUM_LAYERS, row_bytes, block_bytes)
         blocks: list[Block] = []
         if first_page == 0 and len(closed):
             blocks += cut_rows(BlockKind.SINK_ROWS, places[:1], SINK_TOKENS, *sizes)
         page_bytes = [layout.page_bytes for layout in self.pool.plan.layouts]
-        blocks += cut_pages(first_page, closed, page_bytes, self.config.block_bytes)
+        blocks += cut_pages(first_page, closed, page_bytes, block_bytes)
         if num_rows and len(places):
             blocks += cut_rows(BlockKind.OPEN_ROWS, places[-1:], num_rows, *sizes)
         blocks.append(metadata_block(METADATA))
@@ -202,7 +205,14 @@ class DecodeSide:
     def wait_ready(self, endpoint: str) -> None:
         wait_for(lambda: self.thread.connection_state(endpoint)[0] is ConnectionState.READY)
 
-    def start(self, room: int, pages: torch.Tensor, prefix_pages: int = 0, peers: int = 1) -> None:
+    def start(
+        self,
+        room: int,
+        pages: torch.Tensor,
+        prefix_pages: int = 0,
+        peers: int = 1,
+        token_ids: Sequence[int] = (),
+    ) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
         transfer = IncomingTransfer(
             room,
@@ -211,6 +221,7 @@ class DecodeSide:
             prefix_pages,
             pages.numpy(),
             self.thread.access.fence(),
+            describe_prompt(token_ids),
             lambda data: self.metadata.__setitem__(room, data),
         )
         self.thread.start_transfer(transfer, self.endpoints[room], peers)

@@ -18,8 +18,10 @@ import atheris
 with atheris.instrument_imports(include=["sgl_kvq.transfer"]):
     from sgl_kvq.transfer.codecs import registry
     from sgl_kvq.transfer.decode import assembly
+    from sgl_kvq.transfer.decode.sources import Source
     from sgl_kvq.transfer.protocol import header as wire
     from sgl_kvq.transfer.protocol import messages
+    from sgl_kvq.transfer.protocol.prompt import Prompt
 
 import torch
 
@@ -48,10 +50,11 @@ def part() -> assembly.IncomingPart:
         0,
         PAGES.numpy(),
         [],
+        Prompt(150, 7),
         lambda data: None,
     )
     fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1)
-    fresh.heads = HeadRange(0, 4)
+    fresh.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, 4)))
     return fresh
 
 
@@ -120,7 +123,7 @@ def seeds() -> list[bytes]:
         messages.Hello(wire.WIRE_VERSION, 2, {"format": "hack2", "layers": 3}, ["identity"]),
         messages.Welcome(wire.WIRE_VERSION, 2, 0, 4),
         messages.Refuse("other weights"),
-        messages.Request(ROOM, NONCE, 0, 3, 0, 4, 1, [0, 5]),
+        messages.Request(ROOM, NONCE, 0, 3, 0, 4, 1, 150, 7, [0, 5]),
         messages.Ack(ROOM, NONCE, [1, 2]),
         messages.Nack(ROOM, NONCE, [3]),
         messages.Done(ROOM, NONCE),

@@ -28,7 +28,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
 def span_of(block: Block) -> PageSpan:

@@ -33,7 +33,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384)
 CODECS = all_codecs()
 
 
@@ -87,7 +87,7 @@ def test_a_bomb_does_not_fill_the_memory() -> None:
 
 @pytest.mark.parametrize("codec", ["identity", "lz4", "zstd"])
 def test_every_byte_arrives(codec: str) -> None:
-    config = TransferConfig(deadline_s=3.0, block_bytes=16384, codec=codec)
+    config = TransferConfig(deadline_s=4.0, block_bytes=16384, codec=codec)
     prefill, decode = PrefillSide(config), DecodeSide(CONFIG)
     with stopped(prefill, decode):
         sent, got = ship(prefill, decode, 1, 300)
@@ -98,7 +98,7 @@ def test_a_registered_codec_is_used(inverted: Codec) -> None:
     assert get_codec("inverted") is inverted
     with pytest.raises(ValueError, match="is registered"):
         register(Inverted())
-    config = TransferConfig(deadline_s=3.0, block_bytes=16384, codec="inverted")
+    config = TransferConfig(deadline_s=4.0, block_bytes=16384, codec="inverted")
     prefill, decode = PrefillSide(config), DecodeSide(CONFIG)
     with stopped(prefill, decode):
         sent, got = ship(prefill, decode, 1, 300)
@@ -129,7 +129,7 @@ def test_a_codec_of_another_package_is_found(tmp_path: Path) -> None:
 
 def test_a_codec_that_the_other_side_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "decodable", lambda: ["identity", "lz4"])
-    config = TransferConfig(deadline_s=3.0, block_bytes=16384, codec="zstd")
+    config = TransferConfig(deadline_s=4.0, block_bytes=16384, codec="zstd")
     prefill, decode = PrefillSide(config), DecodeSide(CONFIG)
     with stopped(prefill, decode):
         prefill.open(1)

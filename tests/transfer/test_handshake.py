@@ -10,7 +10,7 @@ import zmq
 from sgl_kvq.errors import TransferError
 from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.protocol.handshake import check_fingerprint
+from sgl_kvq.transfer.protocol.handshake import DIGESTS, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import Hello, Refuse, pack_message, parse_message
 from tests.support.transfer_pair import (
@@ -19,16 +19,17 @@ from tests.support.transfer_pair import (
     fingerprint,
     make_pool,
     stopped,
+    take_pages,
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"weights": "other"}, "weights: prefill same, decode other"),
+        ({"weights": "other"}, "differ in weights; start"),
         ({"format_name": "hack4"}, "format: prefill hack2, decode hack4"),
     ],
 )
@@ -49,6 +50,11 @@ def test_handshake_compares_everything() -> None:
     assert expected <= set(mine)
     check_fingerprint(mine, dict(mine))
     for name, value in mine.items():
+        if name in DIGESTS:
+            with pytest.raises(TransferError, match=f"differ in {name};") as refusal:
+                check_fingerprint(mine, mine | {name: "7x"})
+            assert "7x" not in str(refusal.value)
+            continue
         with pytest.raises(TransferError, match=re.escape(f"{name}: prefill {value}, decode 7x")):
             check_fingerprint(mine, mine | {name: "7x"})
         with pytest.raises(
@@ -79,3 +85,31 @@ def test_another_wire_version_is_refused_with_both_versions() -> None:
         assert isinstance(answer, Refuse)
         assert f"prefill {WIRE_VERSION}, decode {WIRE_VERSION + 1}" in answer.reason
         assert not prefill.thread.peers
+
+
+@pytest.mark.parametrize(
+    ("prefill_ids", "decode_ids", "words"),
+    [
+        (range(290), range(310), "prefill has 290 tokens, decode 310"),
+        (range(300), range(1, 301), "both have 300 tokens, but other ids"),
+    ],
+)
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_other_prompts_fail_on_both_sides_before_a_block_leaves(
+    prefill_ids: range, decode_ids: range, words: str, first: str
+) -> None:
+    """The page counts are the same; whichever instance gets the request first."""
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    with stopped(prefill, decode):
+        sent, got = take_pages(prefill.pool, 300, 1), take_pages(decode.pool, 300, 20)
+        out = prefill.open(1, prefill_ids) if first == "prefill" else None
+        result = decode.announce(1, [prefill.endpoint])
+        decode.start(1, got, token_ids=decode_ids)
+        wait_for(lambda: bool(out and out.result) or 1 in prefill.thread.rooms)
+        out = out or prefill.open(1, prefill_ids)
+        prefill.send(1, sent, 300)
+        wait_for(lambda: bool(out.result and result.result))
+        assert (out.result, result.result) == ("failed", "failed")
+        assert words in out.reason
+        assert words in result.reason
+        assert bool((decode.pool.layers[0].pages == 0xEE).all())

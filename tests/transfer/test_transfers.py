@@ -27,7 +27,7 @@ from tests.support.transfer_pair import (
     wait_for,
 )
 
-CONFIG = TransferConfig(deadline_s=3.0, block_bytes=16384, window_bytes=65536)
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
 @pytest.mark.parametrize("format_name", ["hack2", "hack4", "bf16", "chosen"])

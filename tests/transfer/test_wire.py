@@ -66,7 +66,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(messages.Refuse, st.text(max_size=99)),
     st.builds(
         messages.Request,
-        *(unsigned(bits) for bits in (64, 64, 32, 32, 16, 16, 16)),
+        *(unsigned(bits) for bits in (64, 64, 32, 32, 16, 16, 16, 32, 64)),
         SEQS,
     ),
     st.builds(messages.Ack, unsigned(64), unsigned(64), SEQS),

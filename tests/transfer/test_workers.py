@@ -14,8 +14,10 @@ from sgl_kvq.errors import ChecksumError, WireError
 from sgl_kvq.memory_pool.page_io.factory import open_pool
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.decode.assembly import IncomingPart, IncomingTransfer
+from sgl_kvq.transfer.decode.sources import Source
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, payload_checksum
+from sgl_kvq.transfer.protocol.prompt import Prompt
 from sgl_kvq.transfer.runtime import workers
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import MIN_POOLED_BYTES, Job, WorkerPool
@@ -137,12 +139,11 @@ def test_the_end_of_a_transfer_waits_for_what_is_being_written() -> None:
 def test_a_place_is_claimed_while_its_block_is_verified() -> None:
     access = open_pool(make_pool(num_pages=8), HeadRange(0, NUM_HEADS))
     metadata: list[bytes] = []
-    transfer = IncomingTransfer(
-        1, 2, RequestState(lambda reason: None), 0, np.array([3, 5]), [], metadata.append
-    )
+    state, prompt = RequestState(lambda reason: None), Prompt(99, 7)
+    transfer = IncomingTransfer(1, 2, state, 0, np.array([3, 5]), [], prompt, metadata.append)
     part = IncomingPart(transfer, access, 11, 1)
     transfer.parts.append(part)
-    part.heads = HeadRange(0, NUM_HEADS)
+    part.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, NUM_HEADS)))
     payload = bytes(range(256)) * (access.num_layers * 2 * access.pool.layout.page_bytes // 256)
 
     def block(seq: int, **changes: Any) -> BlockHeader:

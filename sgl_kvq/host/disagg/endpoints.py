@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.disagg.manager import KvqManager, endpoint_of
+from sgl_kvq.host.disagg.manager import KvqManager, describe_answer, endpoints_of
 from sgl_kvq.host.names import (
     CommonKVBootstrapServer,
     CommonKVReceiver,
@@ -23,16 +24,25 @@ from sgl_kvq.transfer.blocks import Block, cut_pages, cut_rows, metadata_block
 from sgl_kvq.transfer.decode.assembly import IncomingTransfer
 from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.protocol.header import BlockKind
+from sgl_kvq.transfer.protocol.prompt import describe_prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 
 class _Poller:
-    """Base of sender and receiver: SGLang polls them for the status and the failure."""
+    """Base of sender and receiver: SGLang polls them for the status and the failure.
+
+    The manager's tables have one entry a room. A second request with the room of one that is not
+    over has failed from the start and touches none of them.
+
+    Attributes:
+        room_is_taken: Whether this is such a second request.
+    """
 
     kv_mgr: KvqManager
     bootstrap_room: int
     conclude_state: Any
     request_state: RequestState
+    room_is_taken: bool
 
     def poll(self) -> Any:
         """SGLang's `KVPoll` of this request."""
@@ -48,6 +58,11 @@ class _Poller:
     def failure_exception(self) -> None:
         """Raise why the transfer failed."""
         self.conclude_state = KVPoll.Failed
+        if self.room_is_taken:
+            raise KVTransferError(
+                self.bootstrap_room,
+                taken_room(self.bootstrap_room),
+            )
         with self.kv_mgr.failure_lock:
             reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         self.clear()
@@ -72,10 +87,19 @@ class KvqSender(_Poller, CommonKVSender):
         bootstrap_room: int,
         **options: Any,
     ) -> None:
+        self.room_is_taken = bootstrap_room in mgr.request_status
         super().__init__(mgr, bootstrap_addr, bootstrap_room, **options)
         self.request_state = mgr.make_request_state(bootstrap_room)
         self.num_tokens = 0
-        mgr.thread.open_room(bootstrap_room, self.request_state)
+        if self.room_is_taken:
+            self.conclude_state = KVPoll.Failed
+            mgr.thread.refuse_room(bootstrap_room, taken_room(bootstrap_room))
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Open the room; the decode instance's request must be for the same tokens."""
+        if not self.room_is_taken:
+            prompt = describe_prompt(token_ids)
+            self.kv_mgr.thread.open_room(self.bootstrap_room, self.request_state, prompt)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens the decode instance has already, a multiple of the page size."""
@@ -130,7 +154,7 @@ class KvqSender(_Poller, CommonKVSender):
         plan = manager.pool.plan
         ready = self.__dict__.pop("_early_send_wait_event", None)
         row_bytes = manager.access.row_bytes(manager.access.heads)
-        sizes = {"block_bytes": manager.config.block_bytes, "ready": ready}
+        sizes = {"block_bytes": manager.thread.block_bytes(self.bootstrap_room), "ready": ready}
         first_page = self.num_tokens // PAGE_SIZE
         self.num_tokens += num_new_tokens
         pages = np.asarray(page_indices, dtype=np.int64)
@@ -149,6 +173,8 @@ class KvqSender(_Poller, CommonKVSender):
 
     def abort(self) -> None:
         """Give up and tell the decode instance; SGLang frees the pages right after."""
+        if self.room_is_taken:
+            return
         reason = "the request was aborted at the prefill instance"
         self.request_state.fail(reason)
         self.conclude_state = KVPoll.Failed
@@ -156,6 +182,8 @@ class KvqSender(_Poller, CommonKVSender):
 
     def clear(self) -> None:
         """Forget the request; a decode instance that still waits is told."""
+        if self.room_is_taken:
+            return
         self.request_state.forget()
         self.kv_mgr.thread.close_room(
             self.bootstrap_room, self.request_state, "the prefill instance dropped the request"
@@ -169,18 +197,33 @@ class KvqReceiver(_Poller, CommonKVReceiver):
     def __init__(
         self, mgr: KvqManager, bootstrap_addr: str, bootstrap_room: int | None = None
     ) -> None:
+        self.room_is_taken = bootstrap_room in mgr.request_status
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self.request_state = mgr.make_request_state(self.bootstrap_room)
         self.nonce = secrets.randbits(64)
+        self.prompt = describe_prompt(())
         self.endpoints: list[str] = []
         self.has_pages = False
+        if self.room_is_taken:
+            self.conclude_state = KVPoll.Failed
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Note the tokens whose KV is to come, for the prefill instance to compare."""
+        self.prompt = describe_prompt(token_ids)
 
     def init(self, prefill_dp_rank: int) -> None:
-        """Find the prefill ranks and connect to them."""
-        super().init(prefill_dp_rank)
-        if self.conclude_state == KVPoll.Failed:
+        """Find the prefill ranks and connect to them; a wrong answer fails this request only."""
+        if self.room_is_taken:
             return
-        self.endpoints = list(dict.fromkeys(endpoint_of(info) for info in self.bootstrap_infos))
+        try:
+            super().init(prefill_dp_rank)
+            if self.conclude_state == KVPoll.Failed:
+                return
+            self.endpoints = endpoints_of(self.bootstrap_infos)
+        except Exception as error:  # SGLang looks at no field before it uses it
+            self.kv_mgr.forget_bootstrap(self.bootstrap_addr)
+            self.request_state.fail(describe_answer(self.bootstrap_addr, error))
+            return
         self.kv_mgr.thread.announce(
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state
         )
@@ -236,6 +279,7 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             (decode_prefix_len or 0) // PAGE_SIZE,
             np.asarray(kv_indices, dtype=np.int64),
             manager.access.fence(),
+            self.prompt,
             lambda data: manager.write_metadata(aux_index or 0, data),
         )
         self.request_state.advance(
@@ -245,6 +289,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
 
     def abort(self) -> None:
         """Give up and tell the prefill instance; SGLang frees the pages right after."""
+        if self.room_is_taken:
+            return
         reason = self.kv_mgr.refusals.get(
             self.bootstrap_addr, "the request was aborted at the decode instance"
         )
@@ -254,6 +300,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
 
     def clear(self) -> None:
         """Forget the request."""
+        if self.room_is_taken:
+            return
         self.request_state.forget()
         self._close("the decode instance dropped the request")
         self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
@@ -263,6 +311,14 @@ class KvqReceiver(_Poller, CommonKVReceiver):
         self.kv_mgr.thread.close_room(
             self.endpoints, self.bootstrap_room, self.nonce, self.request_state, reason
         )
+
+
+def taken_room(room: int) -> str:
+    """Why a second request with a room fails."""
+    return (
+        f"bootstrap_room {room} is taken by a request that is not over; rooms must be unique "
+        f"(SGLang gives all samples of a request with n > 1 one room: PD serves n = 1)"
+    )
 
 
 class KvqBootstrapServer(CommonKVBootstrapServer):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+from collections import Counter
 from typing import Any
 
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.host.disagg.model_identity import model_identity
 from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
@@ -21,6 +23,9 @@ from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.protocol.messages import Request
 from sgl_kvq.transfer.runtime.request_state import RequestState
+
+MAX_RANKS = 4096
+_SIZES = ("attn_tp_size", "attn_cp_size", "dp_size", "pp_size")
 
 
 class KvqManager(CommonKVManager):
@@ -66,6 +71,7 @@ class KvqManager(CommonKVManager):
             num_kv_heads,
             weights_digest(self.server_args.model_path),
             model_calibration(config, model_config).digest,
+            model_identity(model_config, self.server_args),
         )
         instance = secrets.randbits(64)
         if str(pool.device) == "cpu":
@@ -83,7 +89,7 @@ class KvqManager(CommonKVManager):
                 lambda room: self.update_status(room, KVPoll.Success),
             )
             host, port = self.config.advertise
-            self.rank_port = port or self.thread.port
+            self.rank_port = port + self.attn_tp_rank if port else self.thread.port
             if host is not None or self.config.host not in ("0.0.0.0", "::"):
                 self.local_ip = host or self.config.host
             self._started = True
@@ -107,10 +113,25 @@ class KvqManager(CommonKVManager):
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """Call SGLang's; a prefill instance that does not fit fails its requests, not this rank."""
         try:
-            return bool(super().try_ensure_parallel_info(bootstrap_addr))
-        except (RuntimeError, AssertionError) as error:
-            self.refusals[bootstrap_addr] = str(error)
+            known = bool(super().try_ensure_parallel_info(bootstrap_addr))
+        except Exception as error:  # SGLang looks at no field before it uses it
+            self.refusals[bootstrap_addr] = describe_answer(bootstrap_addr, error)
             return False
+        if known:
+            self.refusals.pop(bootstrap_addr, None)
+        return known
+
+    def _resolve_rank_mapping(self, info: Any) -> None:
+        """Call SGLang's, which divides by these numbers and makes lists as long.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        for name in _SIZES:
+            size = getattr(info, name)
+            if not 1 <= size <= MAX_RANKS:
+                raise TransferError(f"expected {name} of 1 to {MAX_RANKS}, got {size}")
+        super()._resolve_rank_mapping(info)
 
     def _on_requested(self, room: int, request: Request) -> None:
         self.req_to_decode_prefix_len[room] = request.prefix_pages * PAGE_SIZE
@@ -120,7 +141,14 @@ class KvqManager(CommonKVManager):
         """The prefill instance may come back elsewhere: ask its bootstrap server again."""
         with self.connection_lock:
             for key, infos in list(self.connection_pool.items()):
-                if any(endpoint_of(info) == endpoint for info in infos):
+                if endpoint in endpoints_of(infos):
+                    del self.connection_pool[key]
+
+    def forget_bootstrap(self, bootstrap_addr: str) -> None:
+        """Ask a bootstrap server again at the next request."""
+        with self.connection_lock:
+            for key in list(self.connection_pool):
+                if key.startswith(f"{bootstrap_addr}_"):
                     del self.connection_pool[key]
 
     def make_request_state(self, room: int) -> RequestState:
@@ -158,7 +186,33 @@ class KvqManager(CommonKVManager):
             offset += size
 
 
-def endpoint_of(bootstrap_info: dict[str, Any]) -> str:
-    """tcp:// address of a prefill rank."""
-    host = str(bootstrap_info["rank_ip"])
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{bootstrap_info['rank_port']}"
+def describe_answer(bootstrap_addr: str, error: Exception) -> str:
+    """One line on a bootstrap server's answer that cannot be used."""
+    reason = str(error) if isinstance(error, TransferError) else repr(error)
+    return f"bootstrap server {bootstrap_addr}: cannot use its answer ({' '.join(reason.split())})"
+
+
+def endpoints_of(bootstrap_infos: list[dict[str, Any]]) -> list[str]:
+    """tcp:// addresses of prefill ranks.
+
+    Args:
+        bootstrap_infos: What the bootstrap server told about each.
+
+    Raises:
+        TransferError: two ranks have the same address.
+    """
+    endpoints = [_endpoint_of(info) for info in bootstrap_infos]
+    for endpoint, count in Counter(endpoints).items():
+        if count > 1:
+            raise TransferError(
+                f"expected one address for each prefill rank, but the bootstrap server names "
+                f"{endpoint} for {count} of them"
+            )
+    return endpoints
+
+
+def _endpoint_of(bootstrap_info: dict[str, Any]) -> str:
+    host, port = bootstrap_info.get("rank_ip"), bootstrap_info.get("rank_port")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 2**16:
+        raise TransferError(f"expected rank_ip and a rank_port up to 65535, got {host} and {port}")
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"

@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from sgl_kvq.errors import WireError
+from sgl_kvq.errors import TransferError, WireError
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.memory_pool.page_io.base import PoolAccess
 from sgl_kvq.memory_pool.page_io.span import Buffer, HeadRange, PageIds, PageSpan, SpanKind
 from sgl_kvq.transfer.codecs.registry import decode_payload
+from sgl_kvq.transfer.decode.sources import Source, check_sources
 from sgl_kvq.transfer.protocol.header import BlockHeader, BlockKind, check_payload
 from sgl_kvq.transfer.protocol.messages import MAX_LIST, Request
+from sgl_kvq.transfer.protocol.prompt import Prompt
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from sgl_kvq.transfer.runtime.workers import Job
 
@@ -36,6 +38,7 @@ class IncomingTransfer:
         prefix_pages: Leading pages of the sequence that are here already.
         pages: int64 [n], where the other pages go in the pool.
         fence: `PoolAccess.fence` after the pages were allocated.
+        prompt: The tokens of the request, for the prefill rank to compare.
         store_metadata: Called with SGLang's record of the first token.
     """
 
@@ -47,11 +50,12 @@ class IncomingTransfer:
         prefix_pages: int,
         pages: PageIds,
         fence: list[Any],
+        prompt: Prompt,
         store_metadata: Callable[[bytes], None],
     ) -> None:
         self.room, self.nonce, self.state = room, nonce, state
         self.prefix_pages, self.pages, self.fence = prefix_pages, pages, fence
-        self.store_metadata = store_metadata
+        self.prompt, self.store_metadata = prompt, store_metadata
         self.metadata: bytes | None = None
         self.parts: list[IncomingPart] = []
         self.started = time.monotonic()
@@ -60,6 +64,16 @@ class IncomingTransfer:
     def complete(self) -> bool:
         """Whether every part has everything."""
         return all(part.complete for part in self.parts)
+
+    def check_sources(self, wanted: HeadRange) -> None:
+        """Once all prefill ranks are known, make sure that they hold exactly these heads.
+
+        Raises:
+            TransferError: heads are missing or held too often.
+        """
+        sources = [part.source for part in self.parts if part.source is not None]
+        if len(sources) == len(self.parts):
+            check_sources(sources, wanted)
 
 
 class IncomingBlock(Job):
@@ -100,7 +114,7 @@ class IncomingPart:
         peers: Decode ranks that send this prefill rank a request for the room.
 
     Attributes:
-        heads: KV heads that the prefill rank sends, known after the handshake.
+        source: The prefill rank and the KV heads that it sends; None before the handshake.
         received: Blocks that are written.
         num_blocks: Blocks of the part; None until the metadata arrived.
         acks: Blocks to acknowledge.
@@ -113,14 +127,14 @@ class IncomingPart:
     ) -> None:
         self.transfer, self._access, self._fingerprint = transfer, access, fingerprint
         self.peers = peers
-        self.heads = HeadRange(0, 0)
+        self.source: Source | None = None
         self.received: set[int] = set()
         self._being_written: set[int] = set()
         self.num_blocks: int | None = None
         self.acks: list[int] = []
         self.nacks: list[int] = []
         self.done_sent = False
-        self.last_heard = self.last_progress = time.monotonic()
+        self.last_heard = self.last_progress = self.requested = time.monotonic()
         self.wire_bytes = 0
         # What is neither written nor claimed: closed pages by layer, 16-bit rows by layer.
         num_layers, num_pages = access.num_layers, len(transfer.pages)
@@ -136,6 +150,24 @@ class IncomingPart:
             BlockKind.SINK_ROWS: np.full(num_layers, has_sink and first_is_closed),
         }
 
+    @property
+    def heads(self) -> HeadRange:
+        """KV heads that the prefill rank sends; none before the handshake."""
+        return self.source.heads if self.source else HeadRange(0, 0)
+
+    def set_source(self, source: Source) -> None:
+        """Note which prefill rank sends this part.
+
+        Raises:
+            TransferError: it holds other heads than before.
+        """
+        if self.source is not None and self.source.heads != source.heads:
+            raise TransferError(
+                f"{source.endpoint} held KV heads {self.heads.first} to {self.heads.end - 1} and "
+                f"holds {source.heads.first} to {source.heads.end - 1} after a new handshake"
+            )
+        self.source = source
+
     def request(self) -> Request:
         """The message that requests everything that is not here yet."""
         transfer = self.transfer
@@ -147,13 +179,15 @@ class IncomingPart:
             first_head=self.heads.first,
             num_heads=self.heads.count,
             peers=self.peers,
+            num_tokens=transfer.prompt.num_tokens,
+            token_digest=transfer.prompt.digest,
             have=sorted(self.received)[:MAX_LIST],
         )
 
     @property
     def complete(self) -> bool:
         """Whether every block has been verified and written."""
-        if self._being_written or self.num_blocks is None or len(self.received) != self.num_blocks:
+        if self.source is None or self._being_written or len(self.received) != self.num_blocks:
             return False
         return not self._pages_missing.any() and not any(
             rows.any() for rows in self._rows_missing.values()

@@ -16,6 +16,7 @@ from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.codecs.registry import decodable
 from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart, IncomingTransfer
 from sgl_kvq.transfer.decode.connections import Connection, Connections, ConnectionState
+from sgl_kvq.transfer.decode.sources import Source
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.header import (
     HEADER_BYTES,
@@ -37,6 +38,7 @@ from sgl_kvq.transfer.protocol.messages import (
     OtherVersion,
     Refuse,
     Welcome,
+    alive_messages,
     parse_message,
 )
 from sgl_kvq.transfer.runtime.event_loop import BLOCK, CONTROL, TransferThread
@@ -125,12 +127,20 @@ class DecodeThread(TransferThread):
             transfer.parts.append(part)
             del connection.waiting[transfer.room]
             connection.parts[transfer.room] = part
-            if connection.state is ConnectionState.READY:
+        for connection, part in zip(filter(None, connections), transfer.parts, strict=True):
+            if connection.state is ConnectionState.READY and not transfer.state.over:
                 self._request(connection, part)
 
     def _request(self, connection: Connection, part: IncomingPart) -> None:
-        part.heads = connection.heads.intersect(self.access.heads)
-        part.last_progress = time.monotonic()
+        assert connection.instance is not None  # it is READY
+        heads = connection.heads.intersect(self.access.heads)
+        try:
+            part.set_source(Source(connection.endpoint, connection.instance, heads))
+            part.transfer.check_sources(self.access.heads)
+        except TransferError as error:
+            self._fail(part.transfer, str(error))
+            return
+        part.last_progress = part.requested = time.monotonic()
         self._send(connection, part.request())
 
     def _close_room(
@@ -209,6 +219,7 @@ class DecodeThread(TransferThread):
                 header = parse_header(headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES])
                 block = self._on_block(connection, header, payload)
             except KvqError as error:
+                connection.damaged = connection.last_heard
                 self.count_refused(error)
             else:
                 if block is not None:
@@ -223,6 +234,7 @@ class DecodeThread(TransferThread):
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
         part.last_heard = connection.last_heard
+        connection.reconnected_silent = False
         try:
             return part.claim(header, payload)
         except WireError as error:
@@ -341,18 +353,22 @@ class DecodeThread(TransferThread):
 
     def _on_refuse(self, connection: Connection, reason: str) -> None:
         connection.state, connection.reason = ConnectionState.REFUSED, reason
+        self._fail_rooms(connection, reason)
+
+    def _fail_rooms(self, connection: Connection, reason: str) -> None:
         for _, state, _ in connection.waiting.values():
             state.fail(reason)
+        connection.waiting.clear()
         for part in list(connection.parts.values()):
             self._fail(part.transfer, reason)
 
     def _on_alive(self, connection: Connection, part: IncomingPart) -> None:
-        """The prefill rank works on the part. Blocks sent before this message are here or lost."""
+        """The prefill rank works on the part, though a damaged header may have hidden a block."""
         now = time.monotonic()
         part.last_heard = now
         if part.done_sent:
             self._send(connection, Done(part.transfer.room, part.transfer.nonce))
-        elif now - part.last_progress > self._retry_s:
+        elif part.requested < connection.damaged and now - part.last_progress > self._retry_s:
             self._request(connection, part)
 
     @override
@@ -368,17 +384,26 @@ class DecodeThread(TransferThread):
             if not connection.in_use:
                 if state is not ConnectionState.READY or silent_s > deadline_s:
                     self._connections.close(connection)
-            elif connection.broken or silent_s > deadline_s / 3:
-                self._connections.reconnect(connection)
+            elif connection.broken or silent_s > deadline_s * connection.patience:
+                self._reconnect(connection)
             elif no_answer and now - connection.hello_sent > HELLO_INTERVAL_S:
                 self._connections.send_hello(connection)
+
+    def _reconnect(self, connection: Connection) -> None:
+        try:
+            self._connections.reconnect(connection)
+        except (KvqError, zmq.ZMQError, OSError) as error:
+            reason = f"cannot connect again to {connection.endpoint}: {error}"
+            self._fail_rooms(connection, reason)
+            self._connections.close(connection)
 
     @override
     def send_alive(self) -> None:
         for connection in self.connections.values():
             rooms = [[room, nonce] for room, (nonce, _, _) in connection.waiting.items()]
             rooms += [[room, part.transfer.nonce] for room, part in connection.parts.items()]
-            self._send(connection, Alive(rooms))
+            for message in alive_messages(rooms):
+                self._send(connection, message)
 
     def _expire(self, connection: Connection, now: float) -> None:
         deadline_s = self.config.deadline_s
@@ -400,8 +425,5 @@ class DecodeThread(TransferThread):
     def close(self) -> None:
         """Fail every transfer and close the connections."""
         for connection in list(self.connections.values()):
-            for _, state, _ in connection.waiting.values():
-                state.fail("the decode instance is shutting down")
-            for part in list(connection.parts.values()):
-                self._fail(part.transfer, "the decode instance is shutting down")
+            self._fail_rooms(connection, "the decode instance is shutting down")
             self._connections.close(connection)

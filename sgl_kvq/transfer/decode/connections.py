@@ -47,6 +47,8 @@ class Connection:
         heads: KV heads that the prefill rank holds.
         hello_sent: Time of the last Hello, in seconds.
         broken: Whether it must be replaced.
+        damaged: Time of the last block whose header could not be read, in seconds.
+        reconnected_silent: Whether the connection before was silent, and no block came since.
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
@@ -63,12 +65,20 @@ class Connection:
     heads: HeadRange = field(default_factory=lambda: HeadRange(0, 0))
     hello_sent: float = 0.0
     broken: bool = False
+    damaged: float = 0.0
+    reconnected_silent: bool = False
     opened: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def patience(self) -> float:
+        """How long it may be silent, in deadlines; the second time a slow block gets the rest."""
+        ready = self.state is ConnectionState.READY
+        return 2 / 3 if ready and self.reconnected_silent else 1 / 3
 
     @property
     def in_use(self) -> bool:
@@ -106,9 +116,10 @@ class Connections:
             ConfigError: a key file is missing.
             zmq.ZMQError: not an address.
         """
-        return self.by_endpoint.get(endpoint) or self._connect(endpoint, b"kvq" + os.urandom(16))
+        known = self.by_endpoint.get(endpoint)
+        return known or self._add(self._open(endpoint, b"kvq" + os.urandom(16)))
 
-    def _connect(self, endpoint: str, identity: bytes) -> Connection:
+    def _open(self, endpoint: str, identity: bytes) -> Connection:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         if self._keys is None and not is_loopback(host):
             raise TransferError(
@@ -116,15 +127,22 @@ class Connections:
                 "python -m sgl_kvq keys FOLDER"
             )
         socket = self._make_socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, identity)
-        socket.ipv6 = ":" in host
-        if self._keys is not None:
-            secure_client(socket, self._keys)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        socket.connect(endpoint)
-        connection = Connection(endpoint, identity, socket, monitor)
-        self.by_endpoint[endpoint] = connection
-        for readable in (socket, monitor):
+        monitor = None
+        try:
+            socket.setsockopt(zmq.ROUTING_ID, identity)
+            socket.ipv6 = ":" in host
+            if self._keys is not None:
+                secure_client(socket, self._keys)
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            socket.connect(endpoint)
+        except Exception:
+            _close_sockets(socket, monitor)
+            raise
+        return Connection(endpoint, identity, socket, monitor)
+
+    def _add(self, connection: Connection) -> Connection:
+        self.by_endpoint[connection.endpoint] = connection
+        for readable in (connection.socket, connection.monitor):
             self.by_socket[readable] = connection
             self._poller.register(readable, zmq.POLLIN)
         self.send_hello(connection)
@@ -136,18 +154,23 @@ class Connections:
         for readable in (connection.socket, connection.monitor):
             del self.by_socket[readable]
             self._poller.unregister(readable)
-        connection.socket.disable_monitor()
-        connection.monitor.close(linger=0)
-        connection.socket.close(linger=0)
+        _close_sockets(connection.socket, connection.monitor)
 
     def reconnect(self, connection: Connection) -> None:
-        """Replace a connection that broke, or is silent and may be out of step."""
+        """Replace a connection that broke, or is silent and may be out of step.
+
+        Raises:
+            KvqError: a key file is missing, as in `get_or_connect`; the connection stays as it was.
+            zmq.ZMQError: no descriptors are left, say.
+        """
         logger.debug("kvq-zmq: reconnecting to %s", connection.endpoint)
+        fresh = self._open(connection.endpoint, connection.identity)
         self.close(connection)
-        fresh = self._connect(connection.endpoint, connection.identity)
         fresh.waiting, fresh.parts = connection.waiting, connection.parts
+        fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
         fresh.finished, fresh.blocks = connection.finished, connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
+        self._add(fresh)
 
     def send_hello(self, connection: Connection) -> None:
         """Begin the handshake."""
@@ -158,3 +181,10 @@ class Connections:
         """Send a message; a lost one is made up for by later messages."""
         with suppress(zmq.ZMQError):
             connection.socket.send_multipart([CONTROL, pack_message(message)], zmq.NOBLOCK)
+
+
+def _close_sockets(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None) -> None:
+    if monitor is not None:
+        socket.disable_monitor()
+        monitor.close(linger=0)
+    socket.close(linger=0)

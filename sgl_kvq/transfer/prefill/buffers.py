@@ -12,10 +12,10 @@ SMALLEST_BYTES = 65536
 class SendBuffers:
     """A free list of buffers by size: reused memory stays mapped and in the cache.
 
-    At most as many buffers exist as blocks were in flight at one time. ZeroMQ may hold the buffer
-    of a block that was given up until its connection closes: if another block is read into it then,
-    the checksum of the first one fails at the other side, whose transfer is over. (ZeroMQ's own
-    trackers would say when a buffer has left, for 20 us a block.)
+    A buffer comes back only when ZeroMQ has let go of it: it was never sent, or its block was sent
+    once and the other side has it. Any other is left to ZeroMQ and to Python's garbage collector:
+    it may be on its way still. (ZeroMQ's own trackers would say when it has left, for 20 us a
+    block.)
 
     Args:
         make: Makes a buffer of so many bytes.

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from sgl_kvq.memory_pool.page_io.span import Bytes, HeadRange
 from sgl_kvq.transfer.blocks import Block
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
+from sgl_kvq.transfer.prefill.pace import Pace
 from sgl_kvq.transfer.protocol.messages import Request
+from sgl_kvq.transfer.protocol.prompt import Prompt, check_prompts
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 if TYPE_CHECKING:
@@ -52,11 +54,13 @@ class InFlightBlock(NamedTuple):
 
     Args:
         seqno: Position in the order of sending.
+        sent_at: Time of sending, in seconds.
         wire_bytes: Payload as sent.
         buffer: Memory that ZeroMQ sends it from; None for the pool itself.
     """
 
     seqno: int
+    sent_at: float
     wire_bytes: int
     buffer: Bytes | None
 
@@ -69,17 +73,21 @@ class Peer:
         identity: Routing id of its connection.
         instance: Random number of its process.
         reachable: Whether ZeroMQ still has a connection to it.
+        pace: How many bytes may be in flight.
         bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
         last_heard: Time of its last message, in seconds.
+        parts: Parts that are not over.
         round_robin: Parts with blocks to send, the next one first.
         messages: Messages whose blocks are being read, in order of sending.
     """
 
     identity: bytes
     instance: int
+    pace: Pace
     reachable: bool = True
     bytes_in_flight: int = 0
     last_heard: float = field(default_factory=time.monotonic)
+    parts: set[OutgoingPart] = field(default_factory=set)
     round_robin: OrderedDict[OutgoingPart, None] = field(default_factory=OrderedDict)
     messages: deque[list[OutgoingBlock]] = field(default_factory=deque)
 
@@ -114,6 +122,7 @@ class OutgoingPart:
         # By state, for the order: QUEUED in order of queueing, with others among them, ...
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, InFlightBlock] = {}  # ... IN_FLIGHT in order of sending.
+        peer.parts.add(self)
         self.enqueue_new()
 
     def state_of(self, seq: int) -> BlockState | None:
@@ -136,7 +145,7 @@ class OutgoingPart:
             raise ValueError(f"block {seq}: expected one of {_TRANSITIONS[old]}, got {state}")
         self._states[seq] = state
         if old is _IN_FLIGHT:
-            self._leave_flight(seq)
+            self._leave_flight(seq, state is _ACKED and self.tries[seq] == 1)
         if state is _QUEUED:
             self._queue.append(seq)
             self.peer.round_robin.setdefault(self)
@@ -147,10 +156,10 @@ class OutgoingPart:
         elif state is _ACKED:
             self.tries.pop(seq, None)
 
-    def _leave_flight(self, seq: int) -> None:
+    def _leave_flight(self, seq: int, arrived: bool) -> None:
         block = self._in_flight.pop(seq)
         self.peer.bytes_in_flight -= block.wire_bytes
-        if block.buffer is not None:
+        if block.buffer is not None and arrived:
             self._buffers.give(block.buffer)
 
     def enqueue_new(self) -> None:
@@ -168,7 +177,8 @@ class OutgoingPart:
 
     def mark_sent(self, seq: int, wire_bytes: int, buffer: Bytes | None) -> None:
         """Note that a block left, and the buffer that it lies in."""
-        self.transition(seq, _IN_FLIGHT, InFlightBlock(next(self._next_seqno), wire_bytes, buffer))
+        sent = InFlightBlock(next(self._next_seqno), time.monotonic(), wire_bytes, buffer)
+        self.transition(seq, _IN_FLIGHT, sent)
 
     def acknowledge(self, seqs: list[int]) -> list[int]:
         """Note acknowledged blocks.
@@ -186,7 +196,9 @@ class OutgoingPart:
         newest = max((in_flight[seq].seqno for seq in seqs if seq in in_flight), default=-1)
         for seq in seqs:
             if seq in in_flight:
-                self.transfer.bytes_landed += in_flight[seq].wire_bytes
+                block = in_flight[seq]
+                self.transfer.bytes_landed += block.wire_bytes
+                self.peer.pace.on_ack(block.wire_bytes, block.sent_at)
                 self.transition(seq, _ACKED)
         lost = itertools.takewhile(lambda seq: in_flight[seq].seqno < newest, in_flight)
         return self.retransmit(list(lost))
@@ -201,7 +213,7 @@ class OutgoingPart:
         return again
 
     def resume(self, received: list[int]) -> None:
-        """Queue every block again that is in flight and not among those the peer has."""
+        """On a new connection, queue the blocks again that were in flight and have not arrived."""
         for seq in received:
             if self._states.get(seq, _ACKED) is not _ACKED:
                 self.transition(seq, _ACKED)
@@ -210,10 +222,11 @@ class OutgoingPart:
     def drop(self) -> None:
         """Forget every block; what is being read is not sent any more."""
         for seq in list(self._in_flight):
-            self._leave_flight(seq)
+            self._leave_flight(seq, arrived=False)
         self._states.clear()
         self._queue.clear()
         self.peer.round_robin.pop(self, None)
+        self.peer.parts.discard(self)
 
 
 class OutgoingTransfer:
@@ -224,6 +237,7 @@ class OutgoingTransfer:
 
     Attributes:
         state: Whether the request is over; None until it arrives from SGLang.
+        prompt: Its tokens; None until then.
         blocks: Blocks by number.
         complete: Whether no further blocks will come.
         num_pages: Pages that will be sent, once known.
@@ -237,6 +251,7 @@ class OutgoingTransfer:
     def __init__(self, room: int) -> None:
         self.room = room
         self.state: RequestState | None = None
+        self.prompt: Prompt | None = None
         self.blocks: list[Block] = []
         self.complete = False
         self.num_pages: int | None = None
@@ -264,10 +279,19 @@ class OutgoingTransfer:
             return None
         if len(self.parts) >= first.peers:
             return "this room is served to another decode instance"
-        same = (request.peers, request.prefix_pages, request.num_pages)
-        if same != (first.peers, first.prefix_pages, first.num_pages):
+        if _shared_fields(request) != _shared_fields(first):
             return "decode ranks disagree about this room"
         return None
+
+    def check_prompt(self) -> None:
+        """Compare the decode instance's prompt with this one, once both are known.
+
+        Raises:
+            TransferError: their tokens differ.
+        """
+        if self.prompt is not None and self.request is not None:
+            decode = Prompt(self.request.num_tokens, self.request.token_digest)
+            check_prompts(self.prompt, decode)
 
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
@@ -276,3 +300,14 @@ class OutgoingTransfer:
             self.complete, self.early_bytes = True, self.bytes_landed
         for part in self.parts.values():
             part.enqueue_new()
+
+
+def _shared_fields(request: Request) -> tuple[int, ...]:
+    """What the requests of all decode ranks of a transfer have in common."""
+    return (
+        request.peers,
+        request.prefix_pages,
+        request.num_pages,
+        request.num_tokens,
+        request.token_digest,
+    )

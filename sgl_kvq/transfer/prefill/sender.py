@@ -12,7 +12,6 @@ from typing_extensions import override
 from sgl_kvq.memory_pool.page_io.base import PoolAccess
 from sgl_kvq.memory_pool.page_io.span import Buffer, Bytes
 from sgl_kvq.transfer.codecs.base import Codec
-from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.prefill.rooms import BlockState, OutgoingPart, OutgoingTransfer, Peer
 from sgl_kvq.transfer.protocol.header import (
@@ -127,7 +126,6 @@ class BlockSender:
         socket: ROUTER socket of the prefill rank.
         context: What blocks are read with.
         workers: Threads that read and hash.
-        config: Window.
         metrics: Where to count.
         on_sending: Called with the room when its first block leaves.
         fail: Ends a transfer with a reason.
@@ -138,12 +136,11 @@ class BlockSender:
         socket: zmq.Socket[bytes],
         context: ReadContext,
         workers: WorkerPool,
-        config: TransferConfig,
         metrics: TransferMetrics,
         on_sending: Callable[[int], None],
         fail: Callable[[OutgoingTransfer, str], None],
     ) -> None:
-        self._socket, self._window_bytes = socket, config.window_bytes
+        self._socket = socket
         self._context, self._workers = context, workers
         self._parts_of_a_page = context.access.num_layers * context.access.heads.count
         self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
@@ -164,8 +161,8 @@ class BlockSender:
     def _next_message(self, peer: Peer) -> list[OutgoingBlock]:
         """Blocks for one message to a peer; empty if none is left or the window is full."""
         message: list[OutgoingBlock] = []
-        nbytes = 0
-        while nbytes < MESSAGE_BYTES and len(message) < MAX_BLOCKS:
+        nbytes, limit = 0, min(MESSAGE_BYTES, peer.pace.message_bytes)
+        while nbytes < limit and len(message) < MAX_BLOCKS:
             block = self._next_block(peer)
             if block is None:
                 break
@@ -174,7 +171,7 @@ class BlockSender:
         return message
 
     def _next_block(self, peer: Peer) -> OutgoingBlock | None:
-        while peer.round_robin and peer.reachable and peer.bytes_in_flight < self._window_bytes:
+        while peer.round_robin and peer.reachable and peer.bytes_in_flight < peer.pace.window_bytes:
             part = next(iter(peer.round_robin))
             seq = part.next_queued()
             if seq is None:

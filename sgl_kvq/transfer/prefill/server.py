@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 from typing_extensions import override
+from zmq.auth.thread import ThreadAuthenticator
 
 from sgl_kvq.errors import ConfigError, TransferError, WireError
 from sgl_kvq.memory_pool.page_io.base import PoolAccess
@@ -15,6 +17,7 @@ from sgl_kvq.transfer.blocks import Block
 from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
+from sgl_kvq.transfer.prefill.pace import Pace
 from sgl_kvq.transfer.prefill.rooms import (
     MAX_ROOMS_PER_PEER,
     MAX_TRIES,
@@ -38,9 +41,11 @@ from sgl_kvq.transfer.protocol.messages import (
     Refuse,
     Request,
     Welcome,
+    alive_messages,
     pack_message,
     parse_message,
 )
+from sgl_kvq.transfer.protocol.prompt import Prompt
 from sgl_kvq.transfer.runtime.curve import secure_server
 from sgl_kvq.transfer.runtime.event_loop import CONTROL, TransferThread
 from sgl_kvq.transfer.runtime.request_state import RequestState
@@ -48,6 +53,7 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 logger = logging.getLogger(__name__)
 
 MAX_PEERS = 1024
+MAX_REFUSED = 1024
 
 
 class PrefillThread(TransferThread):
@@ -81,6 +87,7 @@ class PrefillThread(TransferThread):
         super().__init__("prefill", config, access, fingerprint, instance)
         self.peers: dict[bytes, Peer] = {}
         self.rooms: dict[int, OutgoingTransfer] = {}
+        self._refused: dict[int, tuple[str, float]] = {}
         self._on_requested, self._on_success = on_requested, on_success
         self.socket = self.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -91,15 +98,21 @@ class PrefillThread(TransferThread):
             self.socket,
             ReadContext(access, self._codec, self._buffers, self.digest),
             self.workers,
-            config,
             self.metrics,
             on_sending,
             self._fail,
         )
         self.socket.ipv6 = ":" in config.host
-        self._authenticator = secure_server(self.socket, config.keys) if config.keys else None
+        self._authenticator = self._secure(config.keys) if config.keys else None
         self.port = self._bind(tp_rank)
         self.poller.register(self.socket, zmq.POLLIN)
+
+    def _secure(self, keys: Path) -> ThreadAuthenticator:
+        try:
+            return secure_server(self.socket, keys)
+        except ConfigError:
+            self.context.destroy(linger=0)  # Python would wait for the open socket at exit
+            raise
 
     def _bind(self, tp_rank: int) -> int:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
@@ -118,13 +131,23 @@ class PrefillThread(TransferThread):
 
     # Called from the scheduler thread.
 
-    def open_room(self, room: int, state: RequestState) -> None:
+    def open_room(self, room: int, state: RequestState, prompt: Prompt) -> None:
         """A request has arrived; its transfer begins with the decode instance's request."""
-        self.post(lambda: self._open(room, state))
+        self.post(lambda: self._open(room, state, prompt))
+
+    def refuse_room(self, room: int, reason: str) -> None:
+        """A further request with a room was refused; whoever asks for it later is told."""
+        self.post(lambda: self._refuse(room, reason))
 
     def expect_pages(self, room: int, num_pages: int) -> None:
         """How many pages are going to be sent; the decode instance must expect as many."""
         self.post(lambda: self._expect(room, num_pages))
+
+    def block_bytes(self, room: int) -> int:
+        """Size to fill blocks up to, small for a slow link."""
+        transfer = self.rooms.get(room)
+        parts = list(transfer.parts.values()) if transfer else []
+        return min((part.peer.pace.block_bytes for part in parts), default=self.config.block_bytes)
 
     def add_blocks(self, room: int, blocks: list[Block], is_last: bool) -> None:
         """These blocks can leave."""
@@ -136,14 +159,20 @@ class PrefillThread(TransferThread):
 
     # Everything below runs in this thread.
 
-    def _open(self, room: int, state: RequestState) -> None:
+    def _open(self, room: int, state: RequestState, prompt: Prompt) -> None:
         transfer = self.rooms.setdefault(room, OutgoingTransfer(room))
         if transfer.state is not None and transfer.state is not state:
             state.fail(f"room {room} is taken by another request; rooms must be unique")
             return
-        transfer.state = state
+        transfer.state, transfer.prompt = state, prompt
+        self._refused.pop(room, None)
         transfer.opened = transfer.last_heard = time.monotonic()
         self._check_requested(transfer)
+
+    def _refuse(self, room: int, reason: str) -> None:
+        self._refused[room] = (reason, time.monotonic())
+        while len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     def _expect(self, room: int, num_pages: int) -> None:
         transfer = self.rooms.get(room)
@@ -229,7 +258,7 @@ class PrefillThread(TransferThread):
             return
         known = self.peers.get(identity)
         if known is None or known.instance != hello.instance:
-            self.peers[identity] = Peer(identity, hello.instance)
+            self.peers[identity] = Peer(identity, hello.instance, Pace(self.config))
         else:
             known.reachable = True
             known.last_heard = time.monotonic()
@@ -273,11 +302,17 @@ class PrefillThread(TransferThread):
         if part is not None:
             return "this peer requested the room already"
         if transfer is None:
-            rooms = sum(peer.identity in other.parts for other in self.rooms.values())
-            return "too many rooms at once" if rooms >= MAX_ROOMS_PER_PEER else None
+            if request.room in self._refused:
+                return self._refused[request.room][0]
+            return "too many rooms at once" if len(peer.parts) >= MAX_ROOMS_PER_PEER else None
         return transfer.refusal(request)
 
     def _check_requested(self, transfer: OutgoingTransfer) -> None:
+        try:
+            transfer.check_prompt()
+        except TransferError as error:
+            self._fail(transfer, str(error))
+            return
         state, request = transfer.state, transfer.request
         if state is not None and request is not None and transfer.all_requested:
             self.metrics.observe("bootstrapping", time.monotonic() - transfer.opened)
@@ -362,9 +397,11 @@ class PrefillThread(TransferThread):
         for transfer in list(self.rooms.values()):
             if now - transfer.last_heard > deadline_s:
                 self._fail(transfer, self._silence(transfer))
+        for room, (_, since) in list(self._refused.items()):
+            if now - since > deadline_s:
+                del self._refused[room]
         for peer in list(self.peers.values()):
-            used = any(peer.identity in transfer.parts for transfer in self.rooms.values())
-            if not used and now - peer.last_heard > 4 * deadline_s:
+            if not peer.parts and now - peer.last_heard > 4 * deadline_s:
                 del self.peers[peer.identity]
 
     def _silence(self, transfer: OutgoingTransfer) -> str:
@@ -385,7 +422,8 @@ class PrefillThread(TransferThread):
                 if not part.done:
                     rooms.setdefault(identity, []).append([transfer.room, part.nonce])
         for identity, peer in self.peers.items():
-            self._tell(peer, Alive(rooms.get(identity, [])))
+            for message in alive_messages(rooms.get(identity, [])):
+                self._tell(peer, message)
 
     @override
     def close(self) -> None:

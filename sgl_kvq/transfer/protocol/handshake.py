@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sgl_kvq.config import KVQuantConfig
     from sgl_kvq.formats.page_layout import PageLayout
 
+DIGESTS = ("weights", "config", "tokenizer")
+"""Values that say nothing to a person, and that are nobody else's business."""
 _SAMPLE_BYTES = 1024
 
 
@@ -25,6 +27,7 @@ def make_fingerprint(
     num_kv_heads: int,
     weights: str,
     calibration: str = "unset",
+    identity: Fingerprint | None = None,
 ) -> Fingerprint:
     """Everything that decides what a page's bytes mean, and whether they are of the same model.
 
@@ -34,6 +37,7 @@ def make_fingerprint(
         num_kv_heads: KV heads of the model, over all ranks.
         weights: What `weights_digest` returned.
         calibration: Digest of the file that `--kv-quant-config` names, "unset" without one.
+        identity: What else of the model decides its KV, such as its configuration.
     """
     layout = layouts[0]
     return {
@@ -52,6 +56,7 @@ def make_fingerprint(
         "layers": len(layouts),
         "weights": weights,
         "--kv-quant-config": calibration,
+        **(identity or {}),
     }
 
 
@@ -75,11 +80,13 @@ def check_fingerprint(prefill: Fingerprint, decode: Fingerprint) -> None:
     """Refuse two instances that do not fit together.
 
     Raises:
-        TransferError: every differing field with both sides' values.
+        TransferError: every differing field, with both sides' values unless they are digests.
     """
     names = [*prefill, *(name for name in decode if name not in prefill)]
     differences = [
-        f"{name}: prefill {prefill.get(name, 'unset')}, decode {decode.get(name, 'unset')}"
+        name
+        if name in DIGESTS
+        else f"{name}: prefill {prefill.get(name, 'unset')}, decode {decode.get(name, 'unset')}"
         for name in names
         if prefill.get(name) != decode.get(name)
     ]
@@ -120,7 +127,7 @@ def weights_digest(model_path: str) -> str:
     Returns:
         16 hexadecimal digits; of the path itself when no weight file is found.
     """
-    folder = _local_folder(model_path)
+    folder = local_folder(model_path)
     state = xxhash.xxh3_64()
     files = sorted(folder.glob("*.safetensors")) if folder else []
     files = files or (sorted(folder.glob("*.bin")) if folder else [])
@@ -132,7 +139,8 @@ def weights_digest(model_path: str) -> str:
     return state.hexdigest()
 
 
-def _local_folder(model_path: str) -> Path | None:
+def local_folder(model_path: str) -> Path | None:
+    """Folder of a model that is given by its path, or by its name in the Hugging Face cache."""
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         return folder

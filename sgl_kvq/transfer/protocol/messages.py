@@ -14,6 +14,8 @@ from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 MAX_MESSAGE_BYTES = 256 * 2**10
 MAX_LIST = 16384
 MAX_TEXT = 4096
+ALIVE_ROOMS = 4096
+"""Pairs in one Alive: 20 bytes each at most."""
 
 Check = Callable[[Any], bool]
 Fingerprint = dict[str, str | int]
@@ -90,7 +92,7 @@ class Request:
     """Decode has pages ready and wants a transfer; sent again after a lost connection.
 
     `prefix_pages` leading pages are already there. `peers` decode ranks send this prefill rank a
-    request for the room.
+    request for the room. `num_tokens` and `token_digest` are those of the whole prompt (`Prompt`).
     `have` lists blocks that need not be sent again.
     """
 
@@ -101,6 +103,8 @@ class Request:
     first_head: U16
     num_heads: U16
     peers: U16
+    num_tokens: U32
+    token_digest: U64
     have: Seqs
 
 
@@ -141,7 +145,10 @@ class Abort:
 
 @dataclass(frozen=True)
 class Alive:
-    """Sent every second: the (room, nonce) pairs its sender still works on."""
+    """Sent every second: (room, nonce) pairs that its sender still works on.
+
+    Further messages name further pairs; a pair that none names is not over.
+    """
 
     rooms: Annotated[list[list[int]], _is_list_of(_is_pair)]
 
@@ -165,6 +172,14 @@ _CHECKS: dict[type[Any], dict[str, Check]] = {
     }
     for cls in _TYPES.values()
 }
+
+
+def alive_messages(rooms: list[list[int]]) -> list[Alive]:
+    """All (room, nonce) pairs in as many messages as they need; an empty one for none."""
+    return [
+        Alive(rooms[first : first + ALIVE_ROOMS])
+        for first in range(0, max(1, len(rooms)), ALIVE_ROOMS)
+    ]
 
 
 def pack_message(message: Message) -> bytes:

@@ -13,6 +13,7 @@ from sgl_kvq.errors import ConfigError
 
 PREFILL_KEY = "prefill"
 _PUBLIC, _SECRET = ".key", ".key_secret"
+_DOMAIN = "kvq"
 
 
 def make_keys(folder: Path, decode_names: list[str]) -> list[Path]:
@@ -37,10 +38,21 @@ def make_keys(folder: Path, decode_names: list[str]) -> list[Path]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     secrets = []
     for name in names:
-        _, secret = zmq.auth.create_certificates(folder, name)
-        os.chmod(secret, 0o600)
-        secrets.append(Path(secret))
+        public_key, secret_key = (key.decode() for key in zmq.curve_keypair())
+        public = f'    public-key = "{public_key}"\n'
+        secret = f'    secret-key = "{secret_key}"\n'
+        _write(folder / (name + _PUBLIC), public, 0o644)
+        secrets.append(_write(folder / (name + _SECRET), public + secret, 0o600))
     return secrets
+
+
+def _write(path: Path, keys: str, mode: int) -> Path:
+    """Write a certificate of pyzmq, whose file has its mode from the start."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(f"metadata\ncurve\n{keys}")
+    return path
 
 
 def _load(folder: Path, name: str, suffix: str) -> tuple[bytes, bytes | None]:
@@ -55,6 +67,11 @@ def _load(folder: Path, name: str, suffix: str) -> tuple[bytes, bytes | None]:
 
 def _load_secret(folder: Path, name: str) -> tuple[bytes, bytes]:
     public, secret = _load(folder, name, _SECRET)
+    path = folder / (name + _SECRET)
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"--kv-quant-transfer-keys {folder}: others may read {path.name}; run: chmod 600 {path}"
+        )
     if secret is None:
         raise ConfigError(f"--kv-quant-transfer-keys {folder}: no secret key in {name}{_SECRET}")
     return public, secret
@@ -71,14 +88,17 @@ def secure_server(socket: zmq.Socket[bytes], folder: Path) -> ThreadAuthenticato
         The running authenticator; stop it after the socket is closed.
 
     Raises:
-        ConfigError: a key file is missing.
+        ConfigError: a key file is missing, or a secret one is not its owner's alone.
     """
     public, secret = _load_secret(folder, PREFILL_KEY)
     authenticator = ThreadAuthenticator(socket.context)
     authenticator.start()
-    authenticator.configure_curve(domain="*", location=str(folder))
+    authenticator.configure_curve(domain=_DOMAIN, location=str(folder))
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_server = True
+    # Without a domain that is enforced, ZeroMQ lets everybody in when no authenticator runs.
+    socket.zap_domain = _DOMAIN.encode()
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     return authenticator
 
 
@@ -90,7 +110,8 @@ def secure_client(socket: zmq.Socket[bytes], folder: Path) -> None:
         folder: Holds prefill.key and one secret key besides prefill's.
 
     Raises:
-        ConfigError: a key file is missing, or there are several secret keys to choose from.
+        ConfigError: a key file is missing or not its owner's alone, or there are several secret
+            keys to choose from.
     """
     names = sorted(
         path.name.removesuffix(_SECRET)

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import zmq
 
@@ -23,6 +24,8 @@ from sgl_kvq.transfer.runtime.metrics import TransferMetrics
 from sgl_kvq.transfer.runtime.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 TICK_S = 0.25
 ALIVE_S = 1.0
@@ -58,6 +61,7 @@ class TransferThread(threading.Thread):
         self.context = zmq.Context()
         self.poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock, self._ended = threading.Lock(), False
         self.poller.register(self._wake, zmq.POLLIN)
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
@@ -68,8 +72,9 @@ class TransferThread(threading.Thread):
     def post(self, command: Callable[[], None]) -> None:
         """Run a command in this thread soon; may be called from any thread."""
         self._commands.append(command)
-        with suppress(OSError):  # closed: the thread has ended
-            os.eventfd_write(self._wake, 1)
+        with self._wake_lock:
+            if not self._ended:  # the descriptor may be another's after that
+                os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """End the thread and close its sockets; waits for both."""
@@ -97,7 +102,8 @@ class TransferThread(threading.Thread):
         next_tick = next_alive = time.monotonic()
         try:
             while not self._stopping.is_set():
-                wait_s = 0.0 if self.work() else max(0.0, next_tick - time.monotonic())
+                busy = self._guard(self.work)
+                wait_s = 0.0 if busy else max(0.0, next_tick - time.monotonic())
                 ready = dict(self.poller.poll(int(wait_s * 1000)))
                 if ready.pop(self._wake, None):
                     with suppress(BlockingIOError):
@@ -117,15 +123,18 @@ class TransferThread(threading.Thread):
         finally:
             self._guard(self.close)
             self.workers.stop()
-            os.close(self._wake)
+            with self._wake_lock:
+                self._ended = True
+                os.close(self._wake)
             self.context.destroy(linger=0)
 
-    def _guard(self, step: Callable[[], None]) -> None:
+    def _guard(self, step: Callable[[], _T]) -> _T | None:
         """Log the exception of a step: it must not end all transfers."""
         try:
-            step()
+            return step()
         except Exception:
             logger.exception("kvq-zmq: a step of the transfer thread failed")
+            return None
 
     def _on_job_done(self) -> None:
         """In a worker: post one `take_results` for all jobs that are done when it runs."""

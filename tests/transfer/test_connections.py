@@ -1,0 +1,77 @@
+"""Connections that cannot be opened again, and connections with very many rooms."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgl_kvq.transfer.options import TransferConfig
+from sgl_kvq.transfer.protocol.messages import ALIVE_ROOMS, alive_messages, pack_message
+from sgl_kvq.transfer.runtime.curve import make_keys
+from tests.support.proxy import Proxy
+from tests.support.transfer_pair import DecodeSide, PrefillSide, stopped, take_pages, wait_for
+
+CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
+
+
+def test_a_connection_that_cannot_be_opened_again_fails_its_rooms(tmp_path: Path) -> None:
+    """The key is gone; whoever waits for pages and whoever has some is told at once."""
+    make_keys(tmp_path, ["decode"])
+    config = TransferConfig(deadline_s=6.0, keys=tmp_path)
+    prefill, decode = PrefillSide(config), DecodeSide(config)
+    proxy = Proxy(prefill.thread.port)
+    with stopped(prefill, decode):
+        started = decode.announce(1, [proxy.endpoint])
+        waiting = decode.announce(2, [proxy.endpoint])
+        decode.wait_ready(proxy.endpoint)
+        decode.start(1, take_pages(decode.pool, 300, 1))
+        (tmp_path / "decode.key_secret").unlink()
+        proxy.cut()
+        wait_for(lambda: bool(started.result and waiting.result), 2.0)
+        for outcome in (started, waiting):
+            assert "cannot connect again" in outcome.reason
+            assert "key" in outcome.reason
+        assert not decode.thread.connections
+        proxy.close()
+
+
+def test_any_number_of_rooms_fits_messages() -> None:
+    for count in (0, 1, ALIVE_ROOMS, ALIVE_ROOMS + 1, 50_000):
+        rooms = [[2**64 - 1 - i, 2**64 - 1] for i in range(count)]
+        messages = alive_messages(rooms)
+        for message in messages:
+            pack_message(message)
+        assert messages
+        assert [pair for message in messages for pair in message.rooms] == rooms
+
+
+@pytest.mark.parametrize("count", [15_000, pytest.param(50_000, marks=pytest.mark.long)])
+def test_very_many_queued_rooms_all_end(count: int) -> None:
+    """None expires while it waits for pages for longer than the deadline; each is served then."""
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    with stopped(prefill, decode):
+        rooms = range(2**62, 2**62 + count)  # as large as SGLang's random ones
+        for room in rooms:
+            prefill.open(room)
+            decode.announce(room, [prefill.endpoint])
+        time.sleep(1.5 * CONFIG.deadline_s)
+        for outcomes in (prefill.outcomes, decode.outcomes):
+            assert not {outcome.reason for outcome in outcomes.values() if outcome.result}
+        began = time.monotonic()
+        for first in range(0, count, 1000):
+            batch = rooms[first : first + 1000]
+            for room in batch:
+                decode.start(room, nothing)
+                prefill.send(room, nothing, 0)
+            wait_for(lambda batch=batch: all(decode.outcomes[room].result for room in batch), 30.0)
+            for room in batch:
+                decode.close(room)
+                prefill.close(room)
+        print(f"{count} rooms served in {time.monotonic() - began:.1f} s")
+        for outcomes in (prefill.outcomes, decode.outcomes):
+            wait_for(lambda o=outcomes: all(outcome.result for outcome in o.values()))
+            assert {outcome.result for outcome in outcomes.values()} == {"success"}
