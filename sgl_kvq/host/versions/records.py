@@ -73,7 +73,7 @@ def extend_server_args(
     fields: Any = [tuple(option) for option in options]
     if dataclasses.is_dataclass(server_args):
         record = dataclasses.make_dataclass(name, fields, bases=(server_args,), namespace=namespace)
-        record.__module__ = module  # Python 3.12 names the caller's; pickle looks the class up here
+        record.__module__ = module  # Python 3.12 names the caller's; other processes look here
         return record
     import msgspec
 
