@@ -149,8 +149,6 @@ def decode(
     weights = torch.exp2(scores - top.index_select(0, plan.requests)[..., None])
     total = tail_weights.sum(-1).index_add_(0, plan.requests, weights.sum(-1))
     out = _sum_by_request(_page_values(weights, rows, layout), plan)  # [B, H, G, D]
-    if layout.format.v.rotated:
-        out = rotate(out, layout.rotation_order)
     out = torch.baddbmm(out.flatten(0, 1), tail_weights.flatten(0, 1), tail_v)
     out = out.view(batch, num_qo_heads, head_dim) / total.view(batch, num_qo_heads, 1)
     lse = (top + total.log2()).float().view(batch, num_qo_heads)
@@ -282,7 +280,7 @@ def _undo_shift(
 
 
 def _page_values(weights: torch.Tensor, rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Weighted sums of each page's 64 values, in the rotated basis if V is rotated.
+    """Weighted sums of each page's 64 values.
 
     Args:
         weights: float32 or float64 [N, H, G, PAGE_SIZE], 0 for tokens that are not read.
