@@ -1,4 +1,4 @@
-"""The engine on a GPU: Gluon and Triton kernels, FlashInfer for prefill."""
+"""The engine on a GPU: Gluon and Triton kernels, a library's 16-bit attention for prefill."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sgl_kvq.kernels.change_basis.api import change_basis, change_qkv
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
-from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.prefill_attention import AttentionShape, MakePrefillAttention
 from sgl_kvq.kernels.page_table.api import DecodeTables
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 from sgl_kvq.memory_pool.store import PagedStore
@@ -37,6 +37,7 @@ class GpuEngine:
         layers: Attention layers of this rank, in the order in which the model calls them.
         req_to_token: int32 [requests, context], token slots by position.
         quantized_prefill: Queries of an extend step read all closed pages in codes.
+        make_attention: Chooses the library for 16-bit attention.
 
     Raises:
         ConfigError: heads or layers that the kernels do not cover.
@@ -48,6 +49,7 @@ class GpuEngine:
         layers: list[LayerSpec],
         req_to_token: torch.Tensor,
         quantized_prefill: bool,
+        make_attention: MakePrefillAttention,
     ) -> None:
         _check_layers(layers)
         self._store = store
@@ -60,14 +62,14 @@ class GpuEngine:
         layout, device = layers[0].layout, store.device
         self._max_pages = scratch_pages(layout.num_kv_heads, layout.head_dim)
         self._extend_workspace = ExtendWorkspace(layout, self._max_pages, device)
-        self._prefill = FlashInferAttention(
+        shape = AttentionShape(
             layers[0].num_qo_heads,
             layout.num_kv_heads,
             prefill_head_dim(layout.head_dim),
             layout.row_dtype,
             layers[0].sm_scale,
-            device,
         )
+        self._prefill = make_attention(shape, device)
         caches: dict[PageLayout, list[PagedCache]] = defaultdict(list)
         for cache, own in zip(store.layers, store.plan.layouts, strict=True):
             caches[own].append(cache)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from sgl_kvq.attention.engine import AttentionEngine
 from sgl_kvq.attention.layer import HeadBasis, LayerSpec
 from sgl_kvq.attention.step import StepInput, StepMode
+from sgl_kvq.attention.warm_up import warm_up
 from sgl_kvq.errors import ConfigError, HostError, KvqError
 from sgl_kvq.host.names import AttentionBackend
 from sgl_kvq.host.options import quant_config
@@ -49,6 +50,9 @@ class KvqAttnBackend(AttentionBackend):
         self._on_gpu = str(store.device).startswith("cuda")
         req_to_token = runner.req_to_token_pool.req_to_token
         self.engine = _engine(store, specs, req_to_token, config.quantized_prefill)
+        if self._on_gpu:
+            max_batch, context = req_to_token.shape
+            warm_up(self.engine, specs, max_batch, context, store.device)
 
     @override
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -134,8 +138,9 @@ def _engine(
     """The engine for the device of the pages; only its kernels are imported."""
     if str(store.device).startswith("cuda"):
         from sgl_kvq.attention.gpu import GpuEngine
+        from sgl_kvq.host.flash_attention_3 import make_prefill_attention
 
-        return GpuEngine(store, layers, req_to_token, quantized_prefill)
+        return GpuEngine(store, layers, req_to_token, quantized_prefill, make_prefill_attention)
     from sgl_kvq.attention.cpu import CpuEngine
 
     return CpuEngine(store, layers, req_to_token, quantized_prefill)

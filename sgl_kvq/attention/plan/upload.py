@@ -9,7 +9,8 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.append.touched import TouchedPages
-from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, IntArray, ScratchFills
+from sgl_kvq.kernels.common.upload import upload_columns
+from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 
 
@@ -38,19 +39,6 @@ class ExtendBatch:
         return torch.index_select(cache.open_rows, 0, self.resumed_slots)
 
 
-def pack(columns: dict[str, IntArray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy int32 arrays to the device at once.
-
-    Returns:
-        By name, int32 views of one tensor.
-    """
-    host = torch.from_numpy(np.concatenate(list(columns.values())))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    sizes = [len(column) for column in columns.values()]
-    return dict(zip(columns, host.to(device, non_blocking=True).split(sizes), strict=True))
-
-
 def upload_extend(
     plan: ExtendPlan,
     fills: list[FillPlan],
@@ -70,7 +58,7 @@ def upload_extend(
     touched, resumed = plan.touched, plan.resumed
     requests = [touched.request, *(fill.request for fill in fills)]
     indices = [touched.page, *(fill.page for fill in fills)]
-    columns = pack(
+    columns = upload_columns(
         {
             "request": np.concatenate(requests),
             "page": np.concatenate(indices),

@@ -1,4 +1,4 @@
-"""Fill the scratch buffer of extend attention, in Triton: copied rows and dequantized pages."""
+"""Extend attention in Triton: fill the scratch buffer with rows and pages, merge results."""
 
 from __future__ import annotations
 
@@ -145,3 +145,20 @@ def _dequantize_pages_kernel(
                 head_ptr, sink_page, v_rows_ptr, v_out_ptr, target, head, False,
                 SINKS, OUT_DIM, V, SPEC,
             )  # fmt: skip
+
+
+@triton.jit
+def _merge_fwd_kernel(out_ptr, lse_ptr, other_ptr, other_lse_ptr, HEAD_DIM: tl.constexpr):
+    """(out, lse) of a token and head = both results, weighted by 2^lse."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    lse, other_lse = tl.load(lse_ptr + row), tl.load(other_lse_ptr + row)
+    largest = tl.maximum(lse, other_lse)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # neither saw a key
+    weight, other_weight = tl.exp2(lse - largest), tl.exp2(other_lse - largest)
+    total = weight + other_weight
+    scale = 1.0 / tl.where(total > 0.0, total, 1.0)
+    out = tl.load(out_ptr + at).to(tl.float32) * (weight * scale)
+    out += tl.load(other_ptr + at).to(tl.float32) * (other_weight * scale)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + row, largest + tl.log2(total))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 from sgl_kvq.attention import gpu
 from sgl_kvq.attention.cpu import CpuEngine
 from sgl_kvq.attention.layer import LayerSpec
+from sgl_kvq.attention.warm_up import warm_up
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.memory_pool.storage import PagedCache
 from tests.attention.test_engine_cpu import STEPS, TOTALS
@@ -16,16 +18,11 @@ from tests.support.growing_requests import NUM_LAYERS, GrowingRequests, make_lay
 from tests.support.torch_attention import TorchAttention
 
 
-@pytest.fixture(autouse=True)
-def _attention_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer needs a GPU; tests/kernels/triton/test_extend_kernel.py runs it."""
-    monkeypatch.setattr(gpu, "FlashInferAttention", lambda *args: TorchAttention(args[4]))
-
-
 def start(name: str, quantized: bool, device: str) -> tuple[GrowingRequests, gpu.GpuEngine]:
     store = make_store(name, device)
     requests = GrowingRequests(store, TOTALS, seed=len(name))
-    return requests, gpu.GpuEngine(store, make_layers(store), requests.req_to_token, quantized)
+    layers, tokens = make_layers(store), requests.req_to_token
+    return requests, gpu.GpuEngine(store, layers, tokens, quantized, TorchAttention)
 
 
 def assert_same_storage(ours: GrowingRequests, other: GrowingRequests) -> None:
@@ -102,3 +99,34 @@ def test_a_graph_reads_what_plan_prepared_last(gpu: str) -> None:
         assert all(torch.equal(wanted, found) for wanted, found in outs)
     assert len(graphed.captured) == NUM_LAYERS
     assert_same_storage(requests, eager)
+
+
+def test_warm_up_leaves_nothing_behind(device: str) -> None:
+    """Requests after it get the bytes and outputs that they get without it."""
+    (cold, engine), (requests, warmed) = (start("hack2", False, device) for _ in range(2))
+    tokens = requests.req_to_token.clone()
+    requests.req_to_token.zero_()
+    warm_up(warmed, make_layers(requests.store), len(tokens), tokens.shape[1], device)
+    requests.req_to_token.copy_(tokens)
+    for step in STEPS[:2]:
+        outs = zip(cold.step(engine, *step), requests.step(warmed, *step), strict=True)
+        assert all(torch.equal(wanted, found) for wanted, found in outs)
+    assert_same_storage(requests, cold)
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_warm_up(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    requests, engine = start("kvq2", False, gpu)
+    tokens = requests.req_to_token.clone()
+    requests.req_to_token.zero_()
+    warm_up(engine, make_layers(requests.store), len(tokens), tokens.shape[1], gpu)
+    requests.req_to_token.copy_(tokens)
+    monkeypatch.setattr(
+        triton.knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["repr"]),
+    )
+    for step in STEPS:
+        requests.step(engine, *step)
+    assert compiled == []
