@@ -18,7 +18,7 @@ from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND, namespace_of
 from sgl_kvq.host.options import OPTIONS, flag_of
 from sgl_kvq.host.versions.records import fields_of
 
-ALLOW_UNTRIED_ENV = "SGL_KVQ_ALLOW_UNTRIED_OPTIONS"
+ALLOW_UNTRIED_ENV = "KVQ_ALLOW_UNTRIED_OPTIONS"
 
 _DROP = "drop the option"
 LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
