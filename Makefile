@@ -28,10 +28,11 @@ PYTEST := $(BIN)/python -m pytest
 
 install: $(VENV)/.installed
 
-# pip checks every download against the lock file.
+# pip checks every download against the lock file; the one that Python 3.11 brings cannot with extras.
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.11 or 3.12 with venv on PATH; install one or set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

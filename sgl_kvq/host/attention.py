@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from typing_extensions import override
@@ -10,13 +10,18 @@ from typing_extensions import override
 from sgl_kvq.attention.engine import AttentionEngine
 from sgl_kvq.attention.layer import HeadBasis, LayerSpec
 from sgl_kvq.attention.step import StepInput, StepMode
+from sgl_kvq.attention.warm_up import warm_up
 from sgl_kvq.errors import ConfigError, HostError, KvqError
 from sgl_kvq.host.names import AttentionBackend
 from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.host.rank_basis import rank_bases
 from sgl_kvq.host.support import check_layers
+from sgl_kvq.host.versions.internals import captures_prefill_graph, prefill_graph_output
 from sgl_kvq.memory_pool.store import PagedStore
+
+if TYPE_CHECKING:
+    from sgl_kvq.attention.gpu import GpuEngine
 
 
 class KvqAttnBackend(AttentionBackend):
@@ -49,6 +54,9 @@ class KvqAttnBackend(AttentionBackend):
         self._on_gpu = str(store.device).startswith("cuda")
         req_to_token = runner.req_to_token_pool.req_to_token
         self.engine = _engine(store, specs, req_to_token, config.quantized_prefill)
+        if self._on_gpu:
+            max_batch, context = req_to_token.shape
+            warm_up(self.engine, specs, max_batch, context, store.device)
 
     @override
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -92,7 +100,15 @@ class KvqAttnBackend(AttentionBackend):
     ) -> torch.Tensor:
         spec = self._layers[layer.layer_id]
         rows = _split_heads(q, k, v, spec, save_kv_cache, kwargs)
-        return self.engine.extend(*rows, spec).flatten(1).to(q.dtype)
+        found = prefill_graph_output(forward_batch)
+        if found is None or found.dtype != spec.layout.row_dtype:
+            return self.engine.extend(*rows, spec).flatten(1).to(q.dtype)
+        engine, out = cast("GpuEngine", self.engine), found.view(rows[0].shape)
+        if captures_prefill_graph():
+            engine.capture_extend(*rows, spec, out)
+        elif not engine.replay_extend(*rows, spec, out, len(forward_batch.input_ids)):
+            engine.extend(*rows, spec, out)
+        return found
 
     @override
     def support_triton(self) -> bool:
@@ -134,8 +150,9 @@ def _engine(
     """The engine for the device of the pages; only its kernels are imported."""
     if str(store.device).startswith("cuda"):
         from sgl_kvq.attention.gpu import GpuEngine
+        from sgl_kvq.host.flash_attention_3 import make_prefill_attention
 
-        return GpuEngine(store, layers, req_to_token, quantized_prefill)
+        return GpuEngine(store, layers, req_to_token, quantized_prefill, make_prefill_attention)
     from sgl_kvq.attention.cpu import CpuEngine
 
     return CpuEngine(store, layers, req_to_token, quantized_prefill)

@@ -29,7 +29,7 @@ LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kv_cache_dtype": (("auto",), "drop the option: --kv-quant says how KV is stored"),
     "speculative_algorithm": ((None,), "run without speculative decoding"),
     "cuda_graph_backend_decode": ((None, "full", "disabled"), _DROP),
-    "cuda_graph_backend_prefill": ((None, "disabled"), _DROP),
+    "cuda_graph_backend_prefill": ((None, "breakable", "disabled"), _DROP),
     "enable_deterministic_inference": (
         (False,),
         "drop the option: --kv-quant-prefill quantized makes answers independent of chunking and "

@@ -1,4 +1,4 @@
-"""The attention passes of an extend step in plain torch, where FlashInfer does not run."""
+"""The attention passes of an extend step in plain torch, the specification of the libraries'."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.extend.passes import AttentionPass
+from sgl_kvq.kernels.extend.prefill_attention import AttentionShape
 
 
 class TorchAttention:
-    """What FlashInfer does with a pass, in plain torch."""
+    """A `PrefillAttention` in float64."""
 
-    def __init__(self, sm_scale: float) -> None:
-        self.sm_scale = sm_scale
+    def __init__(self, shape: AttentionShape, device: torch.device | str) -> None:
+        self.sm_scale = shape.sm_scale
 
     def plan(self, passes: list[AttentionPass]) -> None:
         pass
@@ -25,7 +26,7 @@ class TorchAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor,
+        lse: torch.Tensor | None,
     ) -> None:
         for n in range(len(step.qo_indptr) - 1):
             rows = slice(int(step.qo_indptr[n]), int(step.qo_indptr[n + 1]))
@@ -38,7 +39,8 @@ class TorchAttention:
                 mask = torch.ones(num_q, num_k, device=q.device).tril(num_k - num_q) == 0
                 scores = scores.masked_fill(mask, -torch.inf)
             out[rows] = torch.einsum("hqt,thd->qhd", scores.softmax(-1), values).to(out.dtype)
-            lse[rows] = (scores.logsumexp(-1) * 1.4426950408889634).T.float()
+            if lse is not None:
+                lse[rows] = (scores.logsumexp(-1) * 1.4426950408889634).T.float()
 
     def _sequence(self, step: AttentionPass, n: int, x: torch.Tensor) -> torch.Tensor:
         begin, end = int(step.kv_indptr[n]), int(step.kv_indptr[n + 1])
@@ -46,11 +48,3 @@ class TorchAttention:
             return x[begin:end]
         pages = x.unflatten(0, (-1, PAGE_SIZE))[torch.from_numpy(step.kv_indices[begin:end]).long()]
         return pages.flatten(0, 1)[: (end - begin - 1) * PAGE_SIZE + int(step.kv_last_page_len[n])]
-
-    def merge(
-        self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-    ) -> None:
-        total = torch.logaddexp2(lse, other_lse)
-        both = out * (lse - total).exp2()[..., None] + other * (other_lse - total).exp2()[..., None]
-        out.copy_(both)
-        lse.copy_(total)

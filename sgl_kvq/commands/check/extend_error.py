@@ -66,22 +66,23 @@ def _by_kernel(
     plan: ExtendPlan,
     sample: Sample,
 ) -> torch.Tensor:
+    from sgl_kvq.host import flash_attention_3
     from sgl_kvq.kernels.append.api import append
     from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
     from sgl_kvq.kernels.extend.configs import prefill_head_dim
-    from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
+    from sgl_kvq.kernels.extend.prefill_attention import AttentionShape
 
     device = q.device
     passes = plan_passes(plan.requests, len(sample.pages))
     workspace = ExtendWorkspace(layout, scratch_pages_of(passes), device)
-    attention = FlashInferAttention(
+    shape = AttentionShape(
         q.shape[1],
         layout.num_kv_heads,
         prefill_head_dim(layout.head_dim),
         layout.row_dtype,
         layout.head_dim**-0.5,
-        device,
     )
+    attention = flash_attention_3.make_prefill_attention(shape, device)
     attention.plan(passes)
     batch = _upload(plan, [one_pass.fills for one_pass in passes], cache, sample)
     prior_rows = batch.prior_rows(cache)

@@ -120,6 +120,8 @@ def _append_fwd_kernel(
     is_first_page = tl.load(is_first_ptr + touched) != 0
     K: tl.constexpr = SPEC.k
     V: tl.constexpr = SPEC.v
+    if end == 0:  # padding
+        return
     if tl.program_id(2) == 0:
         _append_tensor(
             k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_page, prior,

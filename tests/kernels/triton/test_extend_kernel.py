@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
+from sgl_kvq.kernels.extend.merge import merge
+from sgl_kvq.kernels.extend.prefill_attention import AttentionShape
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from testbed.formats import named_format
 from tests.support.attention import random_rows, relative_error
@@ -23,12 +26,31 @@ from tests.support.sink_rows import empty_sink_rows
 from tests.support.torch_attention import TorchAttention
 
 HEADS, GROUP, SINKS = 2, 3, 4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["torch"] if INTERPRETED else ["flash_attention_3", "flashinfer"])
+def library(request: pytest.FixtureRequest, device: str) -> type[Any]:
+    """What runs the passes."""
+    if request.param == "torch":
+        return TorchAttention
+    if request.param == "flashinfer":
+        return FlashInferAttention
+    from sgl_kvq.host.flash_attention_3 import HOPPER, FlashAttention3
+
+    if torch.cuda.get_device_capability()[0] != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    pytest.importorskip("sgl_kernel.flash_attn", exc_type=ImportError)
+    return FlashAttention3
 
 
 class Sequences:
     """Requests that grow chunk by chunk in a poisoned cache."""
 
-    def __init__(self, name: str, head_dim: int, totals: list[int], device: str) -> None:
+    def __init__(
+        self, name: str, head_dim: int, totals: list[int], device: str, library: type[Any]
+    ) -> None:
+        self.library = library
         self.generator = torch.Generator().manual_seed(head_dim + len(name))
         self.device = device
         self.layout = PageLayout(named_format(name), head_dim, HEADS)
@@ -82,7 +104,7 @@ class Sequences:
         chunks: list[int],
         quantized: bool,
         max_pages: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Append the next chunk of some requests and attend."""
         prefix_lens = [self.lens[r] for r in requests]
         q, k, v = self.fresh(requests, chunks)
@@ -108,17 +130,10 @@ class Sequences:
 
     def attention(self) -> Any:
         head_dim = self.layout.head_dim
-        scale = head_dim**-0.5
-        if self.device == "cpu":
-            return TorchAttention(scale)
-        return FlashInferAttention(
-            HEADS * GROUP,
-            HEADS,
-            prefill_head_dim(head_dim),
-            torch.bfloat16,
-            scale,
-            self.device,
+        shape = AttentionShape(
+            HEADS * GROUP, HEADS, prefill_head_dim(head_dim), torch.bfloat16, head_dim**-0.5
         )
+        return self.library(shape, self.device)
 
     def expected(
         self, request: int, prefix_len: int, quantized: bool
@@ -164,7 +179,8 @@ def check(
     # Dequantized values and partial results are rounded to bfloat16 (2^-9, under the interpreter
     # some are truncated, 2^-8); scores reach 16.
     assert relative_error(out.cpu(), torch.cat([e[0] for e in expected])) < 8e-3
-    assert (lse.cpu() - torch.cat([e[1] for e in expected])).abs().max() < 16 * 2**-8
+    if lse is not None:
+        assert (lse.cpu() - torch.cat([e[1] for e in expected])).abs().max() < 16 * 2**-8
 
 
 @pytest.mark.parametrize(
@@ -180,9 +196,11 @@ def check(
         pytest.param("saw4", 100, False, marks=pytest.mark.long),
     ],
 )
-def test_ragged_chunks(name: str, max_pages: int, quantized: bool, device: str) -> None:
+def test_ragged_chunks(
+    name: str, max_pages: int, quantized: bool, device: str, library: type[Any]
+) -> None:
     """Fresh, resumed and cached sequences in one batch, in one pass and in many."""
-    sequences = Sequences(name, 64, [330, 70, 150], device)
+    sequences = Sequences(name, 64, [330, 70, 150], device, library)
     check(sequences, [0, 1], [320, 5], quantized, max_pages)
     check(sequences, [0, 1, 2], [1, 60, 64], quantized, max_pages)
     check(sequences, [2, 1, 0], [80, 1, 9], quantized, max_pages)
@@ -197,26 +215,47 @@ def test_ragged_chunks(name: str, max_pages: int, quantized: bool, device: str) 
     ]
     + [(name, head_dim) for name in ("hack4", "saw4") for head_dim in (80, 96)],
 )
-def test_formats_and_head_dims(name: str, head_dim: int, device: str) -> None:
-    sequences = Sequences(name, head_dim, [140], device)
+def test_formats_and_head_dims(name: str, head_dim: int, device: str, library: type[Any]) -> None:
+    sequences = Sequences(name, head_dim, [140], device, library)
     check(sequences, [0], [128], False, 8)
     check(sequences, [0], [12], False, 8)
 
 
-def test_a_bad_row_stays_in_its_sequence(device: str) -> None:
+def test_a_bad_row_stays_in_its_sequence(device: str, library: type[Any]) -> None:
     """NaN in one request's key must not reach another request of the batch."""
-    sequences = Sequences("hack2", 64, [70, 70], device)
+    sequences = Sequences("hack2", 64, [70, 70], device, library)
     sequences.kv[0][1][3] = torch.nan
     out, _ = sequences.step([0, 1], [66, 66], quantized=False, max_pages=8)
     assert sequences.num_nonfinite == 2 * 64
     assert out[66:].isfinite().all()
 
 
+def test_merge_of_parts_equals_the_whole(device: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = 8 * torch.randn(5, 3, 40, generator=generator)
+    values = torch.randn(5, 3, 40, 64, generator=generator)
+    scores[0, 0, :16] = scores[1, 1, 16:] = scores[
+        2, 2
+    ] = -torch.inf  # a part, or both, see nothing
+
+    def attend(keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.einsum(
+            "qht,qhtd->qhd", scores[..., keys].softmax(-1).nan_to_num(), values[..., keys, :]
+        )
+        return out.to(device), (scores[..., keys].logsumexp(-1) * 1.4426950408889634).to(device)
+
+    out, lse = attend(slice(0, 16))
+    merge(out, lse, *attend(slice(16, 40)))
+    expected, expected_lse = attend(slice(0, 40))
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(lse, expected_lse, atol=1e-5)
+
+
 @pytest.mark.gpu
-def test_plans_ahead_of_the_device(gpu: str) -> None:
+def test_plans_ahead_of_the_device(gpu: str, library: type[Any]) -> None:
     """The host plans forwards while the device is still busy with something before them."""
     head_dim, lens = 64, (70, 300, 130, 1)
-    attention = FlashInferAttention(HEADS * GROUP, HEADS, head_dim, torch.bfloat16, 0.125, gpu)
+    attention = library(AttentionShape(HEADS * GROUP, HEADS, head_dim, torch.bfloat16, 0.125), gpu)
     q, k, v = (
         torch.randn(512, heads, head_dim, device=gpu).bfloat16()
         for heads in (HEADS * GROUP, HEADS, HEADS)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sgl_kvq.attention import cpu, gpu
+from sgl_kvq.attention import cpu
+from sgl_kvq.attention.gpu import GpuEngine
 from sgl_kvq.formats.base import LayerBits
 from sgl_kvq.formats.calibration import BitAllocation, default_basis, save_bases
 from tests.support.compare import logprob_differences
@@ -71,8 +73,8 @@ def test_it_serves_what_the_cpu_engine_does(
         return results
 
     expected, wrong = serve(name), serve(other)
-    monkeypatch.setattr(gpu, "FlashInferAttention", lambda *args: TorchAttention(args[4]))
-    monkeypatch.setattr(cpu, "CpuEngine", gpu.GpuEngine)
+    engine = partial(GpuEngine, make_attention=TorchAttention)
+    monkeypatch.setattr(cpu, "CpuEngine", engine)
     found = serve(name)
     assert [r.cached_tokens for r in found] == [r.cached_tokens for r in expected] == [0, 0, 128]
     near, far = (logprob_differences(found, results, 10.0) for results in (expected, wrong))
