@@ -154,7 +154,7 @@ class GpuEngine:
             )
         self._num_decoded = 0
         for layout, layers in self._paged_layers.items():
-            close_pages(layers, layout, table, self._store.num_contained)
+            close_pages(layers, layout, table, self._store.num_nonfinite)
 
     def extend(
         self,
@@ -170,7 +170,7 @@ class GpuEngine:
         q, k, v = _enter_basis(q, k, v, layer)
         cache, layout = self._store.layer(layer.layer_id), layer.layout
         prior_rows = batch.prior_rows(cache)
-        append(cache, layout, k, v, batch.touched, self._store.num_contained, prior_rows)
+        append(cache, layout, k, v, batch.touched, self._store.num_nonfinite, prior_rows)
         found, _ = extend(
             q,
             k,

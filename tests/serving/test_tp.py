@@ -100,6 +100,6 @@ def _rank(
     first: list[Result] = harness.generate(prompts, NEW_TOKENS, input_logprobs=True)
     hits = harness.generate(prompts, NEW_TOKENS)
     leaked = pool.plan.num_tokens - allocator.available_size() - tree.evictable_size()
-    held = (pool.open_slots.num_used(), leaked, int(pool.num_contained))
+    held = (pool.open_slots.num_used(), leaked, int(pool.num_nonfinite))
     heads = pool.layout.num_kv_heads
     results.put((rank, {"first": first, "hits": hits, "held": held, "heads": heads}))

@@ -15,7 +15,7 @@ def patched_targets(hook_registry: Any) -> set[str]:
 
 
 def add_enum_member(enum: Any, name: str, value: str) -> None:
-    """Give an enum of SGLang a further member, so that `enum(value)` finds it."""
+    """Add a member to an enum of SGLang, so that `enum(value)` finds it."""
     if value in enum._value2member_map_:
         return
     member = object.__new__(enum)
