@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from testbed.servers import (
 
 ROUTER_START_S = 300.0
 START_TIMEOUT_S = 600.0  # both import SGLang at once, perhaps on few cores
-_SAMPLE = re.compile(r"^(sgl_kvq:transfer_\w+)\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
+_SAMPLE = re.compile(r"^(sgl_kvq:transfer_\w+)\{([^}]*)\} ([0-9.e+-]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,14 @@ class Cluster:
 
 
 def transfer_metrics(server: Server) -> dict[str, float]:
-    """Return the transfer metrics of an instance, summed over labels except `kind` and `result`."""
+    """Return the transfer metrics of an instance, summed over ranks.
+
+    A metric with a label `kind`, `result` or `state` is called NAME:VALUE.
+    """
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     totals: dict[str, float] = {}
     for name, labels, value in _SAMPLE.findall(text):
-        found = re.search(r'(?:kind|result)="(\w+)"', labels)
+        found = re.search(r'(?:kind|result|state)="(\w+)"', labels)
         key = f"{name}:{found[1]}" if found else name
         totals[key] = totals.get(key, 0.0) + float(value)
     return totals
@@ -105,6 +108,7 @@ def launch_pd(
     decode_flags: Sequence[str] = (),
     prefill_host: str = "127.0.0.1",
     prefill_prefix: tuple[str, ...] = (),
+    decode_env: Mapping[str, str] | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[Cluster]:
     """Start both instances at once and stop them at exit.
@@ -117,6 +121,7 @@ def launch_pd(
         decode_flags: For the decode instance only.
         prefill_host: Address of the prefill instance.
         prefill_prefix: Command in front of it, as `ip netns exec NAME`.
+        decode_env: Variables of the decode instance only.
         start_timeout_s: Longest start of either.
 
     Raises:
@@ -129,7 +134,7 @@ def launch_pd(
     decode_args = [*common, "--disaggregation-mode", "decode", *decode_flags]
     commands = [
         Launch(prefill_args, log_folder / "prefill.log", prefill_host, prefill_prefix),
-        Launch(decode_args, log_folder / "decode.log"),
+        Launch(decode_args, log_folder / "decode.log", env=decode_env or {}),
     ]
     with launch_servers(model, commands, start_timeout_s) as (prefill, decode):
         yield Cluster(prefill, decode, port)

@@ -11,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,14 @@ class Launch:
         log_path: File for its output; overwritten.
         host: Address it listens on.
         prefix: Command in front, as `ip netns exec NAME`.
+        env: Variables besides those of this process, such as CUDA_VISIBLE_DEVICES.
     """
 
     extra_args: Sequence[str]
     log_path: Path
     host: str = "127.0.0.1"
     prefix: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def hardware_name() -> str:
@@ -230,6 +232,7 @@ def _start(model: Path | str, launch: Launch) -> tuple[subprocess.Popen[bytes], 
     with launch.log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
+            env={**os.environ, **launch.env},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -36,11 +36,12 @@ from benchmarks.agents.sessions import summarize
 from benchmarks.common.kv_memory import ModelShape, server_flags
 from benchmarks.common.plot import plot_multi_agent
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.serving.model_folder import make_folder
+from benchmarks.common.served import backend_columns
+from benchmarks.serving.model_folder import geometry_folder
 from scripts.fetch_model import DEFAULT_FOLDER, fetch
 from testbed.servers import Server, ServerError, hardware_name, launch_server
 
-COMMON_FLAGS = "--skip-server-warmup --disable-prefill-cuda-graph --random-seed 0"
+COMMON_FLAGS = "--skip-server-warmup --random-seed 0"
 FIRST_WORD, LAST_WORD = 1000, 40_000
 """Random tokens come from here: plain words in every vocabulary that is used."""
 KEY = ("system", "agents", "kv_tokens", "shared_tokens", "task_tokens", "turns", "device", "model")
@@ -225,6 +226,7 @@ class Bench:
         row = {
             **self._setting(system, num_agents),
             "capacity_tokens": server.capacity_tokens(),
+            **backend_columns(server),
             "working_set_tokens": self._sizes.working_set(num_agents),
             "hit_rate": round(summary.hit_rate, 4),
             "prompt_tokens_recomputed": summary.prompt_tokens_recomputed,
@@ -286,8 +288,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.argv = list(argv)
     args.random_weights = on_gpu and args.model is None
     if args.model is None:
-        dummy = Path("out/llama-3.1-8b-geometry-32-layers")
-        args.model = make_folder(dummy, 32) if on_gpu else fetch(DEFAULT_FOLDER)
+        args.model = geometry_folder("8b") if on_gpu else fetch(DEFAULT_FOLDER)
     return args
 
 

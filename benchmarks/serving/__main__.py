@@ -1,16 +1,18 @@
 """Serving throughput on one machine: stock bf16 and fp8 KV against `--kv-quant`.
 
 Usage: python -m benchmarks.serving [--systems bf16 fp8 hack2 hack4] [--workloads NAME ...]
-                                    [--kv-tokens N] [--budget-s S] [--out CSV]
+                                    [--tp N] [--kv-tokens N] [--budget-s S] [--out CSV]
 
 Servers run one after the other, each answers all workloads. Every row is written as soon as it is
 known; run again with the same CSV, the command goes on with what is missing. Without `--model` the
-servers load random weights of Llama-3.1-8B's geometry. Page size, prefix cache, CUDA graphs and
-scheduling stay SGLang's defaults; `--server-args` adds to every server's flags.
+servers load random weights of a geometry. Attention backend, page size, prefix cache, CUDA graphs
+and scheduling stay SGLang's defaults, and what a server chose is a column; `--server-args` adds to
+every server's flags.
 
 On a host with several GPUs run one command a GPU at once, each with its own CUDA_VISIBLE_DEVICES
-and `--out`. With `--kv-quant` the pool's metrics are read all along; values that contradict each
-other make the exit status 1.
+and `--out`, or servers of `--tp` GPUs; once a CSV holds a workload with 1 and with more GPUs, their
+ratio is printed. With `--kv-quant` the pool's metrics are read all along; values that contradict
+each other make the exit status 1.
 """
 
 from __future__ import annotations
@@ -30,19 +32,22 @@ from tabulate import tabulate
 
 from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
+from benchmarks.common.served import backend_columns
 from benchmarks.serving.client import Outcome, run_workload
 from benchmarks.serving.counters import PoolWatch
-from benchmarks.serving.model_folder import make_folder
+from benchmarks.serving.model_folder import GEOMETRIES, geometry_folder
 from benchmarks.serving.workloads import Workload, make_workloads
+from sgl_kvq.formats.registry import get_format
 from testbed.servers import Server, ServerError, hardware_name, launch_server
 
-DUMMY_MODEL = "out/llama-3.1-8b-geometry-{}-layers"
 BF16_TOKENS = 423_494
 """What stock SGLang's bf16 pool holds on an H100 (80 GB) with an 8B model."""
-COMMON_FLAGS = "--disable-prefill-cuda-graph --skip-server-warmup --enable-metrics --random-seed 0"
+COMMON_FLAGS = "--skip-server-warmup --enable-metrics --random-seed 0"
 COMMON_FLAGS += " --mm-feature-transport cpu --sampling-backend pytorch"
 MIN_WORKLOAD_S = 20.0
-SHOWN = ("workload", "concurrency", "num_prompts", "system", "capacity_tokens", "output_tok_s")
+KEY = ("workload", "system", "tp", "input_tokens", "output_tokens", "num_prompts", "kv_tokens")
+KEY += ("device", "model")
+SHOWN = ("workload", "num_prompts", "system", "tp", "capacity_tokens", "output_tok_s")
 SHOWN += (
     "total_tok_s",
     "ttft_p50_s",
@@ -64,8 +69,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._deadline = time.monotonic() + args.budget_s
-        dummy = Path(DUMMY_MODEL.format(args.layers))
-        self._model = args.model or make_folder(dummy, args.layers)
+        self._model = args.model or geometry_folder(args.geometry, args.layers)
         self._shape = ModelShape.read(self._model)
         known = make_workloads(args.kv_tokens or BF16_TOKENS, args.prompts_per_prefix)
         chosen = [known[name] for name in args.workloads or known]
@@ -77,7 +81,12 @@ class Bench:
             for workload, limit_s in zip(chosen, limits, strict=True)
         ]
         self.problems: list[str] = []
-        self._done = {_key(row) for row in read_csv(args.out) if row["status"] == "ok"}
+        known_rows = read_csv(args.out)
+        if known_rows and "tp" not in known_rows[0]:
+            raise SystemExit(
+                f"--out: expected a file with a column tp, got {args.out}; name another"
+            )
+        self._done = {_key(row) for row in known_rows if row["status"] == "ok"}
 
     def run(self) -> None:
         """Serve each system that has rows missing, until the time budget ends."""
@@ -98,37 +107,43 @@ class Bench:
         """Start one server and send it the workloads; its failure ends only this system."""
         flags = self._server_flags(system)
         print(f"{system}: {shlex.join(flags)}", flush=True)
-        log = self._args.out.parent / f"server-{system}.log"
+        log = self._args.out.parent / f"server-{system}-tp{self._args.tp}.log"
         try:
             with launch_server(
                 self._model, flags, log, min(300.0, self._left_s()), _import_client
             ) as server:
-                capacity = server.capacity_tokens()
-                print(f"{system}: {capacity:,} tokens, ready in {server.start_s:.0f} s", flush=True)
+                served = {"capacity_tokens": server.capacity_tokens(), **backend_columns(server)}
+                served["start_s"] = round(server.start_s, 1)
+                stated = ", ".join(f"{name} {value}" for name, value in served.items())
+                print(f"{system}: {stated}", flush=True)
                 for workload in workloads:
                     if self._left_s() < MIN_WORKLOAD_S:
                         print(f"{system}: time budget ended before {workload.name}", flush=True)
                         return
-                    self._measure(system, server, capacity, workload)
+                    self._measure(system, server, served, workload)
         except ServerError as error:
             print(f"{system}: {error}", file=sys.stderr, flush=True)
 
-    def _measure(self, system: str, server: Server, capacity: int, workload: Workload) -> None:
+    def _measure(
+        self, system: str, server: Server, served: dict[str, Any], workload: Workload
+    ) -> None:
         """Send one workload and write its row."""
         limit_s = min(workload.timeout_s, self._left_s())
-        name = f"{system}-{workload.name}".replace("/", "-").replace(" ", "-")
+        name = f"{system}-tp{self._args.tp}-{workload.name}".replace("/", "-").replace(" ", "-")
         watch = PoolWatch(server, self._args.out.parent / f"{name}.metrics.csv")
         out = self._args.out.parent / name
         outcome = run_workload(server, self._model, workload, out, limit_s, watch.sample)
         self.problems += [f"{system}, {workload.name}: {problem}" for problem in watch.problems]
-        row = self._row(system, workload, capacity, outcome, server.start_s)
+        row = self._row(system, workload, served, outcome)
         append_csv(self._args.out, row)
         print(tabulate([{key: row[key] for key in SHOWN}], headers="keys"), flush=True)
 
     def _server_flags(self, system: str) -> list[str]:
         args = self._args
         flags = COMMON_FLAGS.split()
-        flags += server_flags(system, self._shape, args.kv_tokens, args.mem_fraction)
+        flags += server_flags(system, self._shape, args.kv_tokens, args.mem_fraction, args.tp)
+        if args.calibration and _is_calibrated(system):
+            flags += ["--kv-quant-config", str(args.calibration)]
         concurrency = max(workload.concurrency for workload in self._workloads)
         flags += ["--max-running-requests", str(args.max_running or concurrency)]
         if args.model is None:
@@ -139,9 +154,8 @@ class Bench:
         self,
         system: str,
         workload: Workload,
-        capacity: int | None = None,
+        served: dict[str, Any] | None = None,
         outcome: Outcome | None = None,
-        start_s: float | None = None,
     ) -> dict[str, Any]:
         """Return a CSV row; the first columns are the results, the rest says how they came."""
         figures = asdict(outcome or Outcome("missing", 0, 0.0))
@@ -152,7 +166,8 @@ class Bench:
         return {
             "workload": workload.name,
             "system": system,
-            "capacity_tokens": capacity,
+            "tp": self._args.tp,
+            **(served or {}),
             **rounded,
             **status,
             "input_tokens": workload.input_tokens + workload.prefix_tokens,
@@ -160,7 +175,6 @@ class Bench:
             "concurrency": workload.concurrency,
             "num_prompts": workload.num_prompts,
             "kv_tokens": self._args.kv_tokens,
-            "start_s": start_s and round(start_s, 1),
             "device": hardware_name(),
             "model": self._model.name,
             "sglang": version("sglang"),
@@ -177,10 +191,39 @@ def _import_client(_waited_s: float) -> None:
     importlib.import_module("sglang.benchmark.serving")
 
 
+def _is_calibrated(system: str) -> bool:
+    """Whether a system is a format that takes a file of bases."""
+    return system not in (STOCK, STOCK_FP8) and get_format(system).calibration is not None
+
+
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     """Return what makes two rows the same measurement."""
-    names = ("workload", "system", "input_tokens", "output_tokens", "num_prompts", "kv_tokens")
-    return tuple(str(row[name] or "") for name in (*names, "device", "model"))
+    return tuple(str(row[name] or "") for name in KEY)
+
+
+def tp_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare servers of several GPUs with one of the same system.
+
+    Args:
+        rows: Of a results file; the last of equal ones counts.
+
+    Returns:
+        A row for each measurement that was made with one GPU, too: how many times the tokens a
+        second of one GPU, and the status of both.
+    """
+    latest = {_key(row): row for row in rows if row["output_tok_s"]}
+    ratios = []
+    for row in latest.values():
+        one = latest.get(_key({**row, "tp": "1"}))
+        if one is None or one is row:
+            continue
+        times = {
+            f"{name} over TP 1": round(float(row[name]) / float(one[name]), 3)
+            for name in ("output_tok_s", "total_tok_s")
+        }
+        what = {name: row[name] for name in ("workload", "system", "tp")}
+        ratios.append({**what, **times, "status": f"{one['status']}, {row['status']}"})
+    return ratios
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -191,11 +234,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--systems", nargs="+", default=[STOCK, STOCK_FP8, "hack2", "hack4"],
         help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant")  # fmt: skip
     add("--workloads", nargs="+", choices=names, help=f"default: all of {names}")
-    add("--model", type=Path, help="folder with weights (default: random ones, 8B geometry)")
-    add("--layers", type=int, default=32, help="of the random model, for trials (default: 32)")
+    add("--model", type=Path, help="folder with weights, instead of --geometry")
+    add("--geometry", choices=list(GEOMETRIES), default="8b", help="of random weights")
+    add("--layers", type=int, help="of the random model, for trials (default: all)")
+    add("--tp", type=int, default=1, help="GPUs of each server, tensor parallel (default: 1)")
+    add("--calibration", type=Path, help="file of bases, for systems that take one")
     add("--kv-tokens", type=int,
-        help="bytes of KV memory for every server, in bf16 tokens, instead of --mem-fraction; also "
-        "shrinks the shared prefixes")  # fmt: skip
+        help="bytes of KV memory of each GPU, in bf16 tokens of all KV heads, the same for every "
+        "system and --tp, instead of --mem-fraction; also shrinks the shared prefixes")  # fmt: skip
     add(
         "--max-running",
         type=int,
@@ -211,7 +257,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--length-scale", type=float, default=1.0, help="factor on lengths")
     add("--server-args", default="", help="further flags of every server, one string")
     add("--budget-s", type=float, default=3600.0, help="start nothing after so many seconds")
-    add("--out", type=Path, default=Path("benchmarks/results/h100/serving.csv"))
+    add("--out", type=Path, default=Path("benchmarks/results/h200/serving.csv"))
     args = parser.parse_args(argv)
     args.argv = list(argv)
     if args.limit_s and len(args.limit_s) not in (1, len(args.workloads or names)):
@@ -227,6 +273,8 @@ def main(argv: Sequence[str]) -> int:
     bench.run()
     rows = read_csv(args.out)
     print(tabulate([{key: row[key] for key in SHOWN} for row in rows], headers="keys"))
+    if ratios := tp_ratios(rows):
+        print(tabulate(ratios, headers="keys"))
     for problem in bench.problems:
         print(f"metrics: {problem}", file=sys.stderr)
     return 0 if rows and not bench.problems else 1

@@ -26,6 +26,15 @@ LLAMA_3_1_8B: Mapping[str, Any] = {
 }
 """Source: config.json of Llama-3.1-8B; RoPE scaling left out, it changes no time."""
 
+LLAMA_3_1_70B: Mapping[str, Any] = {
+    **LLAMA_3_1_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+"""Source: config.json of Llama-3.1-70B; what is not named is as with 8B."""
+
 QWEN2_5_1_5B: Mapping[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -44,6 +53,25 @@ QWEN2_5_1_5B: Mapping[str, Any] = {
     "eos_token_id": 1,
 }
 """Source: config.json of Qwen2.5-1.5B; Qwen2.5-Coder-1.5B has the same."""
+
+GEOMETRIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "8b": ("out/llama-3.1-8b-geometry-{}-layers", LLAMA_3_1_8B),
+    "70b": ("out/llama-3.1-70b-geometry-{}-layers", LLAMA_3_1_70B),
+    "1.5b": ("out/qwen2.5-1.5b-geometry-{}-layers", QWEN2_5_1_5B),
+}
+"""Name: (model folder by its number of layers, fields of its `config.json`)."""
+
+
+def geometry_folder(name: str, num_layers: int | None = None) -> Path:
+    """Return the folder of a geometry of `GEOMETRIES`, made if it is not there.
+
+    Args:
+        name: A key of `GEOMETRIES`.
+        num_layers: For trials; None takes the geometry's own.
+    """
+    folder, geometry = GEOMETRIES[name]
+    num_layers = num_layers or int(geometry["num_hidden_layers"])
+    return make_folder(Path(folder.format(num_layers)), num_layers, geometry)
 
 
 def make_folder(folder: Path, num_layers: int, geometry: Mapping[str, Any] = LLAMA_3_1_8B) -> Path:

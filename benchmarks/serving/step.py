@@ -23,7 +23,6 @@ its time goes: host, launches, kernels, idle.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 import time
@@ -39,7 +38,8 @@ from tabulate import tabulate
 
 from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, kv_flags, system_flags
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
-from benchmarks.serving.model_folder import LLAMA_3_1_8B, QWEN2_5_1_5B, make_folder
+from benchmarks.common.served import backend_columns
+from benchmarks.serving.model_folder import GEOMETRIES, geometry_folder
 from benchmarks.serving.step_client import (
     Case,
     CaseError,
@@ -59,17 +59,12 @@ from testbed.servers import (
     launch_server,
 )
 
-GEOMETRIES = {
-    "8b": ("out/llama-3.1-8b-geometry-{}-layers", LLAMA_3_1_8B),
-    "1.5b": ("out/qwen2.5-1.5b-geometry-{}-layers", QWEN2_5_1_5B),
-}
 COMMON_FLAGS = "--skip-server-warmup --skip-tokenizer-init --random-seed 0"
 COMMON_FLAGS += " --mm-feature-transport cpu --sampling-backend pytorch"
 MIN_CASE_S = 5.0
 PROFILE_S = 20.0
 """Time kept back for `--profile`."""
 KEY = ("geometry", "system", "fresh", "cached", "running", "device")
-PREFILL_GRAPH = re.compile(r"Capture target prefill CUDA graph begin\. backend=(\w+)")
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,7 @@ class Bench:
             yield self._args.model.name, self._args.model
             return
         for name in self._args.geometries:
-            folder, geometry = GEOMETRIES[name]
-            layers = self._args.layers or geometry["num_hidden_layers"]
-            yield name, make_folder(Path(folder.format(layers)), layers, geometry)
+            yield name, geometry_folder(name, self._args.layers)
 
     def _cases(self) -> list[Case]:
         args = self._args
@@ -215,17 +208,12 @@ class Bench:
 
     def _columns(self, geometry: str, system: str, model: Path, server: Server) -> dict[str, Any]:
         """Return the columns that all rows of a server share."""
-        info = server.info()
-        backends = (info["prefill_attention_backend"], info["decode_attention_backend"])
-        names = [name or info["attention_backend"] for name in backends]
-        graph = PREFILL_GRAPH.search(server.log_path.read_text(errors="replace"))
         return {
             "geometry": geometry,
             "system": system,
-            "attention_backend": "+".join(dict.fromkeys(names)),
-            "prefill_graph": graph[1] if graph else "off",
+            **backend_columns(server),
             "repetitions": self._args.repetitions,
-            "capacity_tokens": info["max_total_num_tokens"],
+            "capacity_tokens": server.capacity_tokens(),
             "kv_tokens": self._args.kv_tokens,
             "start_s": round(server.start_s, 1),
             "device": self._device,
@@ -262,7 +250,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--systems", nargs="+", default=[STOCK, STOCK_FP8, "kvq2", "hack2"],
         help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant")  # fmt: skip
-    add("--geometries", nargs="+", choices=list(GEOMETRIES), default=list(GEOMETRIES))
+    add("--geometries", nargs="+", choices=list(GEOMETRIES), default=["8b", "1.5b"])
     add("--model", type=Path, help="folder with weights, instead of --geometries")
     add("--layers", type=int, help="of the random models, for trials (default: all)")
     add("--fresh", type=int, nargs="+", default=[16, 64, 128, 512, 2048], help="tokens of a turn")

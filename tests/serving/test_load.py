@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-PAGES_OF_POOL = 24
+from tests.support.random_load import OPTIONS, RandomLoad
 
 
 @pytest.mark.parametrize(
@@ -29,36 +28,15 @@ def test_random_load_ends_with_everything_free(
 ) -> None:
     from sglang.srt.managers import scheduler as scheduler_module
 
-    harness = start_scheduler(
-        tiny_model_path,
-        kv_quant=name,
-        kv_quant_memory_gb=0.05,
-        max_total_tokens=PAGES_OF_POOL * 64,
-        chunked_prefill_size=256,
-        max_running_requests=6,
-    )
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)  # put back when this ends
+    harness = start_scheduler(tiny_model_path, kv_quant=name, **OPTIONS)
     pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
-    assert pool.plan.num_pages == PAGES_OF_POOL
-    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 7)
-    rng = random.Random(0)
-    alive: list[str] = []
-    lowest_free = pool.plan.num_tokens
-    for number in range(num_requests):
-        family = rng.randrange(8) * 500
-        length = rng.choice([1, 5, 63, 64, 65, 100, 128, 200, 300, 450])
-        prompt = text_ids[family : family + rng.randrange(1, length + 1)]
-        prompt += rng.choices(range(100, 40_000), k=rng.choice([0, 0, 1, 7, 70]))
-        alive.append(harness.submit(prompt, rng.choice([1, 2, 20, 63, 64, 65, 150])))
-        if rng.random() < 0.2:
-            harness.abort(alive.pop(rng.randrange(len(alive))))
-        monkeypatch.setattr(scheduler_module, "TEST_RETRACT", number % 50 > 40)
-        for _ in range(rng.randrange(0, 12)):
-            harness.step()
-            lowest_free = min(lowest_free, allocator.available_size())
-    monkeypatch.setattr(scheduler_module, "TEST_RETRACT", False)
-    harness.run()  # ends with SGLang's own idle check, which raises on a leak
+    load = RandomLoad(harness, text_ids)
+    for _ in range(num_requests):
+        load.next_request()
+    load.finish()
 
-    assert lowest_free <= 2 * 64  # the pool really was full
+    assert load.lowest_free <= 2 * 64  # the pool really was full
     assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
     assert tree.protected_size() == 0
     assert pool.open_slots.num_used() == 0

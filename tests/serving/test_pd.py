@@ -46,21 +46,22 @@ def make_prompts(text_ids: list[int]) -> list[list[int]]:
 
 
 def ask(cluster: Cluster, prompt: list[int]) -> Result:
-    answer = cluster.generate(
-        {
-            "input_ids": prompt,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": NEW_TOKENS,
-                "ignore_eos": True,
-            },
-            "return_logprob": True,
-            "top_logprobs_num": 2,
-        },
-        timeout_s=600,
-    )
+    answer = cluster.generate(generate_payload(prompt), timeout_s=600)
     assert answer.status_code == 200, answer.text
-    meta = answer.json()["meta_info"]
+    return read_answer(answer.json())
+
+
+def generate_payload(prompt: list[int]) -> dict[str, Any]:
+    return {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+    }
+
+
+def read_answer(answer: dict[str, Any]) -> Result:
+    meta = answer["meta_info"]
     tokens = meta["output_token_logprobs"]
     return Result(
         output_ids=[token for _, token, _ in tokens],
