@@ -20,7 +20,10 @@ MAX_REQUESTS = 64
 MAX_RESUMED = 4
 """Requests that continue inside a page; prefixes found in the cache are whole pages."""
 
-_MAX_TOUCHED = MAX_TOKENS // PAGE_SIZE + 2 * MAX_REQUESTS
+
+def _max_touched(num_tokens: int) -> int:
+    """Pages that get rows in a step of so many tokens."""
+    return min(num_tokens, num_tokens // PAGE_SIZE + 2 * MAX_REQUESTS)
 
 
 class ExtendGraphs:
@@ -40,7 +43,8 @@ class ExtendGraphs:
     def __init__(
         self, attention: CapturableAttention, max_pages: int, device: torch.device | str
     ) -> None:
-        sizes = ExtendSizes(_MAX_TOUCHED, MAX_RESUMED, (max_pages,), (_MAX_TOUCHED,))
+        touched = _max_touched(MAX_TOKENS)
+        sizes = ExtendSizes(touched, MAX_RESUMED, (max_pages,), (touched,))
         self._attention, self._max_pages = attention, max_pages
         self._tables = ExtendTables(sizes, device)
         self.batch: ExtendBatch = self._tables.batch
@@ -77,14 +81,15 @@ class ExtendGraphs:
             and self._tables.sizes.hold(ExtendSizes.of(plan, [first.fills]))
         )
 
-    def plan_capture(self, num_tokens: int) -> AttentionPass:
+    def plan_capture(self, num_tokens: int) -> tuple[AttentionPass, ExtendBatch]:
         """Prepare the launches of a step of up to `num_tokens` tokens."""
         self._attention.plan_capture(MAX_REQUESTS, num_tokens, self._max_pages * PAGE_SIZE)
         nothing = np.zeros(0, np.int32)
         fills = FillPlan(nothing, nothing, nothing, nothing)
-        return AttentionPass(
+        one_pass = AttentionPass(
             fills, 0, num_tokens, nothing, nothing, None, None, causal=True, merges=False
         )
+        return one_pass, self.batch.first_touched(_max_touched(num_tokens))
 
     def capture(self, key: Hashable, launch: Callable[[], object]) -> None:
         """Record what `launch` starts; nothing runs."""

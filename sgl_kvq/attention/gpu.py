@@ -207,7 +207,8 @@ class GpuEngine:
         graphs, num_tokens = self._extend_graphs, len(q)
         if graphs is None or num_tokens > MAX_TOKENS:
             return
-        self._extend = ([graphs.plan_capture(num_tokens)], graphs.batch)
+        one_pass, batch = graphs.plan_capture(num_tokens)
+        self._extend = ([one_pass], batch)
         key = _graph_key(q, k, v, layer, out, num_tokens)
         graphs.capture(key, lambda: self.extend(q, k, v, layer, out))
 

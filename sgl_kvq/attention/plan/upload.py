@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,16 @@ class ExtendBatch:
         if len(self.resumed_slots) == 0:
             return cache.open_rows[:1]
         return torch.index_select(cache.open_rows, 0, self.resumed_slots)
+
+    def first_touched(self, count: int) -> ExtendBatch:
+        """The same batch with room for the first `count` touched pages."""
+        touched = {field.name: getattr(self.touched, field.name) for field in fields(self.touched)}
+        cut = TouchedPages(**{name: column[:count] for name, column in touched.items()})
+        fills = [
+            replace(fill, touched=fill.touched[:count], row_targets=fill.row_targets[:count])
+            for fill in self.fills
+        ]
+        return replace(self, touched=cut, fills=fills)
 
 
 @dataclass(frozen=True)

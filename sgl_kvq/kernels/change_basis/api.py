@@ -16,7 +16,7 @@ def _blocks(num_rows: int, head_dim: int) -> dict[str, int]:
     """Block sizes: rows, channels in, channels out."""
     return {
         "BLOCK_R": 16 if num_rows <= SMALL_BATCH else 64,
-        "BLOCK_K": 32,
+        "BLOCK_K": 64,
         "BLOCK_N": min(128, 1 << (head_dim - 1).bit_length()),
     }
 
@@ -24,7 +24,7 @@ def _blocks(num_rows: int, head_dim: int) -> dict[str, int]:
 def change_basis(
     x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Multiply each head by the matrix of its KV head; products in three TF32 parts.
+    """Multiply each head by the matrix of its KV head; the matrix in two 16-bit parts.
 
     Args:
         x: [tokens, heads, head_dim], channels contiguous; query heads of a KV head are adjacent.
