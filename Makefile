@@ -19,7 +19,7 @@ ALONE := tests/transfer tests/serving/test_metrics.py \
 	tests/benchmarks/test_links.py tests/benchmarks/test_multi_agent.py
 # Tests that run without SGLang and a model; those of tests/transfer measure time.
 FAST := tests/formats tests/memory_pool tests/kernels tests/attention tests/test_config.py \
-	tests/test_imports.py
+	tests/test_imports.py tests/test_pythons.py
 # Tests of GPU kernels that Triton's interpreter can run.
 INTERPRETED := tests/kernels/triton tests/attention/triton tests/serving/triton
 PYTEST := $(BIN)/python -m pytest

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("sgl_kvq.commands.keys", "Make CURVE keys for PD transfer beyond one machine."),
     "run": (
         "sgl_kvq.commands.run",
-        "Run a module of SGLang, such as its bench_one_batch, with --kv-quant.",
+        "Run a module of SGLang, such as benchmark.one_batch, with --kv-quant.",
     ),
 }
 

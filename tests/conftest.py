@@ -23,6 +23,7 @@ WITHOUT_SGLANG = (
     "transfer",
     "test_config.py",
     "test_imports.py",
+    "test_pythons.py",
 )
 """Folders and modules of tests that run where SGLang is not installed."""
 

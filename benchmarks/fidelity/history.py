@@ -11,7 +11,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.calibration import change_basis, load_calibration
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
+from sgl_kvq.formats.quantize import encode_pages, replace_nonfinite
 
 
 class FormatHistory:
@@ -94,7 +94,7 @@ class FormatHistory:
         if layout.format.k.is_raw and layout.format.v.is_raw:
             return k.float(), v.float()
         by_page = [x.unflatten(1, (-1, PAGE_SIZE)).permute(1, 2, 0, 3) for x in (k, v)]
-        rows = [contain_non_finite(x)[0] for x in by_page]  # [pages, P, H, D]
+        rows = [replace_nonfinite(x)[0] for x in by_page]  # [pages, P, H, D]
         num_sinks = torch.zeros(len(rows[0]), dtype=torch.int32, device=k.device)
         num_sinks[0] = self.sink_tokens
         pages = encode_pages(rows[0], rows[1], num_sinks, layout)

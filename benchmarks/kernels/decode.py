@@ -1,12 +1,13 @@
-"""Decode attention over quantized pages against FlashInfer's bf16 and fp8 decode.
+"""Decode attention over quantized pages against bf16 and fp8 decode kernels.
 
 Usage: python -m benchmarks.kernels.decode [--formats ...] [--shapes BxL ...] [--out CSV]
 
 Every system of a shape runs in turn, as a CUDA graph over several copies of its input, so that no
-call finds its data in the L2 cache. FlashInfer runs with tensor cores, at the better of page sizes
-16 and 64. A row also says what bounds it: the same loads without arithmetic (`us_load`), and the
-same arithmetic on a few pages that stay in the L2 cache (`us_compute`). With `--against DIR` the
-kernels of another checkout run in turn with ours (`us_against`, `x_against`).
+call finds its data in the L2 cache. FlashInfer, with tensor cores, and on Hopper SGLang's
+FlashAttention-3 run at their best page size. A row also says what bounds it: the loads without
+arithmetic (`us_load`), and the same arithmetic on a few pages that stay in the L2 cache
+(`us_compute`). With `--against DIR` the kernels of another checkout run in turn with ours
+(`us_against`, `x_against`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.kernels.decode_baselines import baselines
 from benchmarks.kernels.decode_bounds import few_pages, load_only
 from benchmarks.kernels.harness import (
     copy_gbps,
@@ -32,6 +34,7 @@ from benchmarks.kernels.harness import (
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import encode_pages
+from sgl_kvq.host.flash_attention_3 import HOPPER
 from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable, sink_rows_of
 from testbed.formats import named_format
@@ -103,43 +106,6 @@ def ours(
     return calls, read_bytes, copies
 
 
-def flashinfer_call(
-    batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int, page: int, fp8: bool
-) -> tuple[Callable[[int], Any], int]:
-    """FlashInfer's paged decode on tensor cores, and the copies it rotates among."""
-    import flashinfer
-
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    pages = -(-length // page)
-    shape = (batch * pages, 2, page, num_kv_heads, head_dim)
-    copies = num_copies(batch * pages * 2 * page * num_kv_heads * head_dim * dtype.itemsize)
-    caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    caches = [cache.to(dtype) for cache in caches]
-    q = torch.randn((batch, num_kv_heads * gqa, head_dim), device="cuda", dtype=torch.bfloat16)
-    out = torch.empty_like(q)
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-    wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32) * pages,
-        torch.randperm(batch * pages, device="cuda").int(),
-        torch.full((batch,), (length - 1) % page + 1, dtype=torch.int32),
-        num_kv_heads * gqa, num_kv_heads, head_dim, page,
-        q_data_type=torch.bfloat16, kv_data_type=dtype,
-    )  # fmt: skip
-    return lambda copy: wrapper.run(q, caches[copy], out=out), copies
-
-
-def better_page_size(shape: tuple[int, ...], fp8: bool) -> int:
-    """FlashInfer's faster page size for a shape, 16 or 64."""
-    times = {}
-    for page in (16, 64):
-        call, copies = flashinfer_call(*shape, page=page, fp8=fp8)
-        times[page] = time_interleaved({"x": call}, copies, rounds=8)["x"].p50
-        del call
-        torch.cuda.empty_cache()
-    return min(times, key=lambda page: times[page])
-
-
 def other_checkout(folder: Path) -> ModuleType:
     """Import this benchmark and its `sgl_kvq` from another checkout, beside those of this one."""
 
@@ -165,20 +131,19 @@ def other_checkout(folder: Path) -> ModuleType:
 
 def measure(
     formats: list[str], batch: int, length: int, num_kv_heads: int, gqa: int, head_dim: int,
-    copy_rate: float, baselines: bool, against: ModuleType | None,
+    copy_rate: float, with_baselines: bool, against: ModuleType | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one shape."""
     shape = (batch, length, num_kv_heads, gqa, head_dim)
-    pages = {fp8: better_page_size(shape, fp8) for fp8 in (False, True)} if baselines else {}
+    is_hopper = torch.cuda.get_device_capability()[0] == HOPPER
+    others = baselines(shape, is_hopper) if with_baselines else {}
     rows = []
     for name in formats:
         calls, read_bytes, copies = ours(name, *shape)
         if against:
-            others, _, own = against.ours(name, *shape)
-            calls["against"] = _modulo(others["ours"], own)
-        for fp8, page in pages.items():
-            call, own = flashinfer_call(*shape, page=page, fp8=fp8)
-            calls["fp8" if fp8 else "bf16"] = _modulo(call, own)
+            theirs, _, own = against.ours(name, *shape)
+            calls["against"] = _modulo(theirs["ours"], own)
+        calls |= {system: _modulo(call, own) for system, (call, own) in others.items()}
         times = time_interleaved(calls, copies)
         coding = named_format(name)
         us = times["ours"].p50
@@ -188,10 +153,13 @@ def measure(
             "us_p20": round(times["ours"].p20, 2), "us_p50": round(us, 2),
             "us_p80": round(times["ours"].p80, 2),
         }  # fmt: skip
-        for system in ("bf16", "fp8"):
-            row[f"us_{system}"] = round(times[system].p50, 2) if baselines else ""
-        for system in ("bf16", "fp8"):
-            row[f"x_{system}"] = round(times[system].p50 / us, 2) if baselines else ""
+        found = {system: times[system].p50 for system in others}
+        for system in ("bf16", "fp8", "fa3", "fa3_fp8"):
+            row[f"us_{system}"] = round(found[system], 2) if system in found else ""
+        bf16 = [found[system] for system in ("bf16", "fa3") if system in found]
+        row["x_best_bf16"] = round(min(bf16) / us, 2) if bf16 else ""
+        for system in ("fp8", "fa3_fp8"):
+            row[f"x_{system}"] = round(found[system] / us, 2) if system in found else ""
         if against:
             row["us_against"] = round(times["against"].p50, 2)
             row["x_against"] = round(times["against"].p50 / us, 3)
@@ -216,9 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="BATCHxLENGTH")
-    parser.add_argument("--no-baselines", action="store_true", help="skip FlashInfer")
+    parser.add_argument("--no-baselines", action="store_true", help="ours alone")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100/decode.csv"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/decode.csv"))
     args = parser.parse_args()
     against = other_checkout(args.against) if args.against else None
     torch.manual_seed(0)
@@ -232,7 +200,7 @@ def main() -> None:
     for case in cases:
         formats = args.formats if case[2:] == (8, 4, 128) else [*args.formats[:1], "hack4"]
         rows += measure(
-            formats, *case, copy_rate=rate, baselines=not args.no_baselines, against=against
+            formats, *case, copy_rate=rate, with_baselines=not args.no_baselines, against=against
         )
         write_results(args.out, [{**row, "copy_gbps": round(rate)} for row in rows])
 

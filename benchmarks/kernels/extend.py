@@ -46,7 +46,7 @@ def ours(
 ) -> dict[str, Callable[[int], Any]]:
     """Calls by name: attention with its fills, the fills alone, the append."""
     layout = PageLayout(get_format(name), HEAD_DIM, NUM_KV_HEADS)
-    num_pages = (prefix + fresh) // PAGE_SIZE
+    num_pages = -(-(prefix + fresh) // PAGE_SIZE)
     caches = [make_cache(layout, num_pages, 1) for _ in range(COPIES)]
     own = torch.randperm(num_pages, device="cuda") + 1
     tokens = own[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device="cuda")
@@ -94,7 +94,7 @@ def ours(
 
 def _bf16_inputs(fresh: int, prefix: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """q, and copies of a cache [pages, 2, PAGE_SIZE, heads, head_dim]."""
-    shape = ((prefix + fresh) // PAGE_SIZE, 2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    shape = (-(-(prefix + fresh) // PAGE_SIZE), 2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
     caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(COPIES)]
     q = torch.randn((fresh, NUM_KV_HEADS * GQA, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
     return q, caches
@@ -129,7 +129,7 @@ def fa2_call(fresh: int, prefix: int) -> Callable[[int], Any]:
         torch.tensor([0, fresh], dtype=torch.int32),
         torch.tensor([0, num_pages], dtype=torch.int32),
         torch.randperm(num_pages, device="cuda").int(),
-        torch.tensor([PAGE_SIZE], dtype=torch.int32),
+        torch.tensor([(prefix + fresh - 1) % PAGE_SIZE + 1], dtype=torch.int32),
         NUM_KV_HEADS * GQA, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, causal=True,
         q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/extend.csv"))
     args = parser.parse_args()
     torch.manual_seed(0)
-    max_pages = args.scratch_pages or scratch_pages(NUM_KV_HEADS, HEAD_DIM)
+    max_pages = args.scratch_pages or scratch_pages(NUM_KV_HEADS, HEAD_DIM, "cuda")
     rows = []
     for shape in args.shapes:
         fresh, prefix = map(int, shape.split("x"))

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.records import append_csv
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
+from sgl_kvq.host.metrics import GAUGES, NONFINITE, PREFIX
 from testbed.servers import Server
 
 TOKENS = "sglang:realtime_tokens_total"
@@ -103,7 +103,7 @@ class PoolWatch:
 
 def pool_gauges(server: Server) -> dict[str, float]:
     """Return our metrics by name, without prefix; empty without `--kv-quant`."""
-    names = {*GAUGES, f"{CONTAINED}_total"}
+    names = {*GAUGES, f"{NONFINITE}_total"}
     found = {name.removeprefix(PREFIX): value for name, _, value in _samples(server)}
     return {name: found[name] for name in sorted(names & set(found))}
 
@@ -114,7 +114,7 @@ def pool_problems(found: dict[str, float]) -> list[str]:
     Args:
         found: Of `pool_gauges`.
     """
-    names = {*GAUGES, f"{CONTAINED}_total"}
+    names = {*GAUGES, f"{NONFINITE}_total"}
     if missing := names - set(found):
         return [f"{', '.join(sorted(missing))} missing"]
     held = found["closed_pages"] + found["open_pages"]
@@ -125,7 +125,7 @@ def pool_problems(found: dict[str, float]) -> list[str]:
         "tokens held are not those of the held pages": found["tokens_held"] != held * PAGE_SIZE,
         "pages take more bytes than the pool": held * PAGE_SIZE * found["bytes_per_token"]
         > found["pool_bytes"],
-        "elements of K or V were not finite": found[f"{CONTAINED}_total"] > 0,
+        "elements of K or V were not finite": found[f"{NONFINITE}_total"] > 0,
     }
     return [f"{what}: {found}" for what, is_so in checks.items() if is_so]
 

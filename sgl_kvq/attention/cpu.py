@@ -81,7 +81,7 @@ class CpuEngine:
         cache, layout = self._store.layer(layer.layer_id), layer.layout
         size = len(plan.pages) * layout.num_kv_heads * layout.head_dim
         with one_thread_if(size <= SMALL_STEP):
-            self._store.num_contained += append_decode(cache, layout, k, v, append)
+            self._store.num_nonfinite += append_decode(cache, layout, k, v, append)
             out, _ = decode(q, cache, plan, layout, layer.sm_scale)
         return _leave_basis(out, layer)
 
@@ -93,8 +93,8 @@ class CpuEngine:
         append, requests, batch = self._extend
         q, k, v = _enter_basis(q, k, v, layer)
         cache, layout = self._store.layer(layer.layer_id), layer.layout
-        rows, num_contained = append_extend(cache, layout, k, v, append)
-        self._store.num_contained += num_contained
+        rows, num_nonfinite = append_extend(cache, layout, k, v, append)
+        self._store.num_nonfinite += num_nonfinite
         out = extend(q, cache, layout, requests, batch.fills, rows, layer.sm_scale)
         return _leave_basis(out, layer)
 

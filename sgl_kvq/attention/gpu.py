@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import torch
 
+from sgl_kvq.attention.extend_graphs import MAX_TOKENS, ExtendGraphs
 from sgl_kvq.attention.layer import LayerSpec
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
@@ -20,7 +21,11 @@ from sgl_kvq.kernels.decode.api import DecodeWorkspace, decode
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim, scratch_pages
 from sgl_kvq.kernels.extend.passes import AttentionPass
-from sgl_kvq.kernels.extend.prefill_attention import AttentionShape, MakePrefillAttention
+from sgl_kvq.kernels.extend.prefill_attention import (
+    AttentionShape,
+    CapturableAttention,
+    MakePrefillAttention,
+)
 from sgl_kvq.kernels.page_table.api import DecodeTables
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 from sgl_kvq.memory_pool.store import PagedStore
@@ -30,7 +35,7 @@ class GpuEngine:
     """An `AttentionEngine` with the GPU kernels.
 
     Decode steps run in CUDA graphs, over page tables that `plan` makes in one launch before each
-    replay. Extend steps run eagerly.
+    replay. Extend steps run eagerly, or in graphs of one layer each; see `ExtendGraphs`.
 
     Args:
         store: Memory of the pages, on a GPU.
@@ -60,7 +65,7 @@ class GpuEngine:
         self._max_batch = 0
         self.reserve(len(req_to_token))
         layout, device = layers[0].layout, store.device
-        self._max_pages = scratch_pages(layout.num_kv_heads, layout.head_dim)
+        self._max_pages = scratch_pages(layout.num_kv_heads, layout.head_dim, device)
         self._extend_workspace = ExtendWorkspace(layout, self._max_pages, device)
         shape = AttentionShape(
             layers[0].num_qo_heads,
@@ -77,6 +82,10 @@ class GpuEngine:
         self._table: PageTable | None = None
         self._num_decoded = 0  # layers of the step that is under way
         self._extend: tuple[list[AttentionPass], ExtendBatch] | None = None
+        self._extend_graphs: ExtendGraphs | None = None
+        if isinstance(self._prefill, CapturableAttention) and not quantized_prefill:
+            self._extend_graphs = ExtendGraphs(self._prefill, self._max_pages, device)
+        self._planned_for_graphs = False
 
     def reserve(self, max_batch: int) -> None:
         """Allocate tables and partial results for decode batches; see `AttentionEngine`."""
@@ -102,13 +111,17 @@ class GpuEngine:
         elif step.mode is StepMode.EXTEND:
             plan = plan_extend(step.prefix_lens, step.extend_lens, self._quantized_prefill)
             passes = plan_passes(plan.requests, self._max_pages)
-            self._extend_workspace.reserve(scratch_pages_of(passes))
+            tables = (step.req_pool_indices, self._req_to_token, self._slots)
+            graphs = self._extend_graphs
+            self._planned_for_graphs = graphs is not None and graphs.plan(plan, passes, *tables)
+            if graphs is not None and self._planned_for_graphs:
+                self._extend = (passes, graphs.batch)
+                return
+            if self._extend_workspace.reserve(scratch_pages_of(passes)):
+                self._extend_graphs = None  # they write to the buffer of before
             self._prefill.plan(passes)
             fills = [one_pass.fills for one_pass in passes]
-            batch = upload_extend(
-                plan, fills, step.req_pool_indices, self._req_to_token, self._slots
-            )
-            self._extend = (passes, batch)
+            self._extend = (passes, upload_extend(plan, fills, *tables))
 
     def decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec
@@ -141,10 +154,15 @@ class GpuEngine:
             )
         self._num_decoded = 0
         for layout, layers in self._paged_layers.items():
-            close_pages(layers, layout, table, self._store.num_contained)
+            close_pages(layers, layout, table, self._store.num_nonfinite)
 
     def extend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: LayerSpec,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append fresh rows and attend; see `AttentionEngine`."""
         assert self._extend is not None
@@ -152,8 +170,8 @@ class GpuEngine:
         q, k, v = _enter_basis(q, k, v, layer)
         cache, layout = self._store.layer(layer.layer_id), layer.layout
         prior_rows = batch.prior_rows(cache)
-        append(cache, layout, k, v, batch.touched, self._store.num_contained, prior_rows)
-        out, _ = extend(
+        append(cache, layout, k, v, batch.touched, self._store.num_nonfinite, prior_rows)
+        found, _ = extend(
             q,
             k,
             v,
@@ -165,8 +183,64 @@ class GpuEngine:
             prior_rows,
             self._prefill,
             self._extend_workspace,
+            out if layer.basis is None else None,
         )
-        return _leave_basis(out, layer)
+        return found if layer.basis is None else change_basis(found, layer.basis.out, out)
+
+    def capture_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: LayerSpec,
+        out: torch.Tensor,
+    ) -> None:
+        """Record `extend` for any step whose tensors lie here, fresh tokens in the first rows.
+
+        Args:
+            q: As of `extend`, at an address that stays.
+            k: Likewise.
+            v: Likewise.
+            layer: Which layer.
+            out: Like q, contiguous, likewise.
+        """
+        graphs, num_tokens = self._extend_graphs, len(q)
+        if graphs is None or num_tokens > MAX_TOKENS:
+            return
+        self._extend = ([graphs.plan_capture(num_tokens)], graphs.batch)
+        key = _graph_key(q, k, v, layer, out, num_tokens)
+        graphs.capture(key, lambda: self.extend(q, k, v, layer, out))
+
+    def replay_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: LayerSpec,
+        out: torch.Tensor,
+        num_tokens: int,
+    ) -> bool:
+        """Run what `capture_extend` recorded for tensors of `num_tokens` rows.
+
+        Returns:
+            Whether it was recorded and the planned step fits; otherwise nothing was done.
+        """
+        graphs = self._extend_graphs
+        if graphs is None or not self._planned_for_graphs:
+            return False
+        return graphs.replay(_graph_key(q, k, v, layer, out, num_tokens))
+
+
+def _graph_key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: LayerSpec,
+    out: torch.Tensor,
+    num_tokens: int,
+) -> tuple[int, ...]:
+    """What a recorded layer depends on: its addresses and the most tokens."""
+    return (layer.layer_id, num_tokens, *(x.data_ptr() for x in (q, k, v, out)))
 
 
 def _check_layers(layers: list[LayerSpec]) -> None:

@@ -11,15 +11,21 @@ from sgl_kvq.attention.engine import AttentionEngine
 from sgl_kvq.attention.layer import LayerSpec
 from sgl_kvq.attention.step import StepInput, StepMode
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.kernels.change_basis.api import SMALL_BATCH
 from sgl_kvq.kernels.extend.configs import scratch_pages
 
 logger = logging.getLogger(__name__)
 
-PREFIX_LENS = (0, PAGE_SIZE, 2 * PAGE_SIZE + 1)
-"""Cached tokens: none, a closed page, closed pages and an open one."""
-
 FRESH_LEN = PAGE_SIZE + 1
 """Fresh tokens: they close a page and begin one."""
+
+LENS = (
+    (0, FRESH_LEN),
+    (PAGE_SIZE, FRESH_LEN),
+    (2 * PAGE_SIZE + 1, FRESH_LEN),
+    (0, SMALL_BATCH + 1),
+)
+"""Cached and fresh tokens: no page, a closed page, an open one; more than a small batch."""
 
 
 @torch.no_grad()
@@ -43,10 +49,10 @@ def warm_up(
     """
     began = time.perf_counter()
     layout = layers[0].layout
-    scratch_len = scratch_pages(layout.num_kv_heads, layout.head_dim) * PAGE_SIZE
-    for prefix_len in (*PREFIX_LENS, scratch_len):  # the last one takes two passes and a merge
-        if prefix_len + FRESH_LEN <= context:
-            _extend(engine, layers, prefix_len, device)
+    scratch_len = scratch_pages(layout.num_kv_heads, layout.head_dim, device) * PAGE_SIZE
+    for prefix_len, fresh_len in (*LENS, (scratch_len, FRESH_LEN)):  # the last one takes a merge
+        if prefix_len + fresh_len <= context:
+            _extend(engine, layers, prefix_len, fresh_len, device)
     for batch in {1, max_batch}:  # few requests are merged by another kernel than many
         _decode(engine, layers, batch, device)
     if torch.cuda.is_available():
@@ -57,18 +63,22 @@ def warm_up(
 
 
 def _extend(
-    engine: AttentionEngine, layers: list[LayerSpec], prefix_len: int, device: torch.device | str
+    engine: AttentionEngine,
+    layers: list[LayerSpec],
+    prefix_len: int,
+    fresh_len: int,
+    device: torch.device | str,
 ) -> None:
     step = StepInput(
         StepMode.EXTEND,
         torch.zeros(1, dtype=torch.int64, device=device),
-        torch.tensor([prefix_len + FRESH_LEN], device=device),
+        torch.tensor([prefix_len + fresh_len], device=device),
         prefix_lens=[prefix_len],
-        extend_lens=[FRESH_LEN],
+        extend_lens=[fresh_len],
     )
     engine.plan(step)
     for layer in {layer.layout: layer for layer in layers}.values():
-        engine.extend(*_zeros(layer, FRESH_LEN, device), layer)
+        engine.extend(*_zeros(layer, fresh_len, device), layer)
 
 
 def _decode(

@@ -47,9 +47,9 @@ def quantize_groups(
     codes, scales, mins = _quantize_range(x, low, high, coding, top)
     if coding.mse_clipping:
         least = _squared_error(x, codes, scales, mins, dim, excluded)
-        for width in CLIP_RATIOS:
-            cut = (high - low) * ((1 - width) / 2)
-            tried = _quantize_range(x, low + cut, high - cut, coding, top)
+        for ratio in CLIP_RATIOS:
+            clipped = (high - low) * ((1 - ratio) / 2)
+            tried = _quantize_range(x, low + clipped, high - clipped, coding, top)
             error = _squared_error(x, *tried, dim, excluded)
             better = error < least
             least = torch.where(better, error, least)
@@ -111,7 +111,7 @@ def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
 LARGEST_MAGNITUDE = 65280.0
 
 
-def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def replace_nonfinite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace NaN by 0 and clamp to `LARGEST_MAGNITUDE`.
 
     One bad element would otherwise poison the scale of its whole group.
@@ -123,8 +123,8 @@ def contain_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (rows like x, number of replaced elements as an int64 scalar tensor).
     """
     limit = LARGEST_MAGNITUDE
-    contained = torch.nan_to_num(x, posinf=limit, neginf=-limit).clamp(-limit, limit)
-    return contained, (contained != x).sum()
+    finite = torch.nan_to_num(x, posinf=limit, neginf=-limit).clamp(-limit, limit)
+    return finite, (finite != x).sum()
 
 
 def encode_pages(
@@ -156,7 +156,7 @@ def encode_pages(
         if not (rows.abs() <= LARGEST_MAGNITUDE).all():
             raise ValueError(
                 f"{name}: expected finite values of at most {LARGEST_MAGNITUDE:.0f}, got others; "
-                f"pass rows through contain_non_finite first"
+                f"pass rows through replace_nonfinite first"
             )
     return layout.format.quantize(k, v, num_sinks, layout)
 
@@ -214,7 +214,7 @@ def _quantize_tensor(
 def _quantize_outliers(
     x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code outlier channels x [N, H, P, outliers] with `EXTRA_BITS` extra bits, none cut off.
+    """Code outlier channels x [N, H, P, outliers] with `EXTRA_BITS` extra bits, without clipping.
 
     Returns:
         codes like x; scales, of the leading bits (exactly 2^EXTRA_BITS steps), and mins

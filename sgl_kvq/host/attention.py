@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from typing_extensions import override
@@ -17,7 +17,11 @@ from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
 from sgl_kvq.host.rank_basis import rank_bases
 from sgl_kvq.host.support import check_layers
+from sgl_kvq.host.versions.internals import captures_prefill_graph, prefill_graph_output
 from sgl_kvq.memory_pool.store import PagedStore
+
+if TYPE_CHECKING:
+    from sgl_kvq.attention.gpu import GpuEngine
 
 
 class KvqAttnBackend(AttentionBackend):
@@ -96,7 +100,15 @@ class KvqAttnBackend(AttentionBackend):
     ) -> torch.Tensor:
         spec = self._layers[layer.layer_id]
         rows = _split_heads(q, k, v, spec, save_kv_cache, kwargs)
-        return self.engine.extend(*rows, spec).flatten(1).to(q.dtype)
+        found = prefill_graph_output(forward_batch)
+        if found is None or found.dtype != spec.layout.row_dtype:
+            return self.engine.extend(*rows, spec).flatten(1).to(q.dtype)
+        engine, out = cast("GpuEngine", self.engine), found.view(rows[0].shape)
+        if captures_prefill_graph():
+            engine.capture_extend(*rows, spec, out)
+        elif not engine.replay_extend(*rows, spec, out, len(forward_batch.input_ids)):
+            engine.extend(*rows, spec, out)
+        return found
 
     @override
     def support_triton(self) -> bool:

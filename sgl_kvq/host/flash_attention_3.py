@@ -62,6 +62,7 @@ class FlashAttention3:
         self._shape = shape
         self._device = torch.device(device)
         self._planned: list[PlannedPass] = []
+        self._captured: torch.Tensor | None = None
         self._library: Any = import_module("sgl_kernel.flash_attn")  # only with its GPU code
 
     def plan(self, passes: list[AttentionPass]) -> None:
@@ -88,6 +89,24 @@ class FlashAttention3:
                     cache_seqlens=on_device.get(f"lens{index}"),
                 )
             )
+
+    def plan_capture(self, max_sequences: int, max_queries: int, max_keys: int) -> None:
+        """Run the next passes within these bounds; see `CapturableAttention`."""
+        if self._captured is None:
+            self._captured = torch.zeros(
+                (2, max_sequences + 1), dtype=torch.int32, device=self._device
+            )
+        cu_seqlens_q, cu_seqlens_k = self._captured
+        self._planned = [PlannedPass(cu_seqlens_q, max_queries, cu_seqlens_k, max_keys, None, None)]
+
+    def plan_replay(self, step: AttentionPass) -> None:
+        """Give the lengths to captured calls; see `CapturableAttention`."""
+        assert self._captured is not None
+        lens = np.empty(self._captured.shape, np.int32)
+        for row, indptr in zip(lens, (step.qo_indptr, step.kv_indptr), strict=True):
+            row[: len(indptr)] = indptr
+            row[len(indptr) :] = indptr[-1]  # sequences of no tokens
+        self._captured.copy_(torch.from_numpy(lens).pin_memory(), non_blocking=True)
 
     def run(
         self,

@@ -26,7 +26,7 @@ GAUGES = {
     "open_slots": "Open pages that there is room for.",
     "sink_pages": "Page rows that hold the sink rows of first pages.",
 }
-CONTAINED = "contained_elements"
+NONFINITE = "nonfinite_elements"
 """Counter of K and V elements that were not finite or too large, and were replaced."""
 
 
@@ -51,12 +51,12 @@ class PoolMetrics:
             ).labels(**labels)
             for name, documentation in GAUGES.items()
         }
-        self._contained = Counter(
-            PREFIX + CONTAINED,
+        self._nonfinite = Counter(
+            PREFIX + NONFINITE,
             "Elements of K and V not finite or too large, replaced.",
             list(labels),
         ).labels(**labels)
-        self._num_contained = 0
+        self._num_nonfinite = 0
         self._reader = ThreadPoolExecutor(1, "sgl_kvq-metrics")
         self._set_constants()
 
@@ -65,7 +65,7 @@ class PoolMetrics:
         pool = self._pool
         num_held = (pool.plan.num_tokens - self._allocator.available_size()) // PAGE_SIZE
         counts = torch.stack(
-            [pool.open_slots.count_used(), pool.sink_pages.count_used(), pool.num_contained]
+            [pool.open_slots.count_used(), pool.sink_pages.count_used(), pool.num_nonfinite]
         )
         if not counts.is_cuda:
             self._set(num_held, counts)
@@ -88,16 +88,16 @@ class PoolMetrics:
 
         Args:
             num_held: Pages that are not free.
-            counts: int64 [3] on the host: open slots used, sink pages, elements contained.
+            counts: int64 [3] on the host: open slots used, sink pages, elements not finite.
             copied: Wait for it before reading `counts`.
         """
         if copied is not None:
             copied.synchronize()
-        num_open, num_sinks, num_contained = counts.tolist()
+        num_open, num_sinks, num_nonfinite = counts.tolist()
         self._gauges["closed_pages"].set(max(0, num_held - num_open))
         self._gauges["open_pages"].set(num_open)
         self._gauges["free_pages"].set(self._pool.plan.num_pages - num_held)
         self._gauges["tokens_held"].set(num_held * PAGE_SIZE)
         self._gauges["sink_pages"].set(num_sinks)
-        self._contained.inc(num_contained - self._num_contained)
-        self._num_contained = num_contained
+        self._nonfinite.inc(num_nonfinite - self._num_nonfinite)
+        self._num_nonfinite = num_nonfinite

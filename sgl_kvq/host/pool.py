@@ -36,7 +36,7 @@ class QuantizedKVPool(KVCache):
         super().__init__(
             plan.num_tokens,
             PAGE_SIZE,
-            layout.row_dtype,
+            torch.uint8,  # of pages; with 16 bits some models would write K and V by themselves
             plan.num_layers,
             device,
             enable_memory_saver,

@@ -18,7 +18,7 @@ from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND, namespace_of
 from sgl_kvq.host.options import OPTIONS, flag_of
 from sgl_kvq.host.versions.records import fields_of
 
-ALLOW_UNTRIED_ENV = "SGL_KVQ_ALLOW_UNTRIED_OPTIONS"
+ALLOW_UNTRIED_ENV = "KVQ_ALLOW_UNTRIED_OPTIONS"
 
 _DROP = "drop the option"
 LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -29,7 +29,7 @@ LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kv_cache_dtype": (("auto",), "drop the option: --kv-quant says how KV is stored"),
     "speculative_algorithm": ((None,), "run without speculative decoding"),
     "cuda_graph_backend_decode": ((None, "full", "disabled"), _DROP),
-    "cuda_graph_backend_prefill": ((None, "disabled"), _DROP),
+    "cuda_graph_backend_prefill": ((None, "breakable", "disabled"), _DROP),
     "enable_deterministic_inference": (
         (False,),
         "drop the option: --kv-quant-prefill quantized makes answers independent of chunking and "

@@ -19,21 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def choose_graphs(args: Any) -> None:
-    """Turn off the CUDA graphs that this backend does not fill.
+    """Turn off CUDA graphs where there is no GPU.
 
-    Decode runs in graphs on a GPU. Prefill does not: what a step reads and which pages it closes
-    is planned on the host.
+    On a GPU decode runs in one graph, prefill in SGLang's breakable graph, whose pieces end at
+    attention.
 
     Args:
         args: SGLang's `ServerArgs`, changed in place.
     """
-    if torch.accelerator.is_available():
-        args.disable_prefill_cuda_graph = True
-        logger.info(
-            "--kv-quant: SGLang's prefill CUDA graph is off, because the pages that a prefill step "
-            "reads and closes are planned on the host; decode runs in CUDA graphs"
-        )
-    else:
+    if not torch.accelerator.is_available():
         args.disable_cuda_graph = True
 
 

@@ -32,7 +32,7 @@ class PagedStore:
         layers: Storage of each layer of this rank, in order.
         open_slots: Slots of pages that are still written.
         sink_pages: Page rows that hold the sink rows of first pages.
-        num_contained: int64 scalar on the device, elements replaced because no code could hold
+        num_nonfinite: int64 scalar on the device, elements replaced because no code could hold
             them (not finite, or too large).
     """
 
@@ -49,7 +49,7 @@ class PagedStore:
             self.layers = [self._allocate_layer(layout) for layout in plan.layouts]
         self.open_slots = SlotTable("open pages", plan.open_slots, plan.num_rows, device)
         self.sink_pages = SinkPages(plan.num_rows, device)
-        self.num_contained = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
 
     def _allocate_layer(self, layout: PageLayout) -> PagedCache:
         plan, heads = self.plan, (layout.num_kv_heads, layout.head_dim)

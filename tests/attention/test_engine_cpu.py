@@ -50,7 +50,7 @@ def test_steps_against_fp64(name: str, quantized: bool) -> None:
             ]
             # bfloat16 rows, scores and outputs
             assert relative_error(outs[layer], torch.stack(expected)) < 1e-2
-    assert int(store.num_contained) == 0
+    assert int(store.num_nonfinite) == 0
 
 
 def _expected(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from sgl_kvq.attention.plan.extend import plan_extend
 from sgl_kvq.attention.plan.passes import plan_passes, scratch_pages_of
-from sgl_kvq.attention.plan.upload import pack
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.kernels.common.upload import upload_columns
 from sgl_kvq.kernels.extend.passes import AttentionPass, ExtendPlan, ExtendRequest
 from sgl_kvq.kernels.extend.reference import extend_mask
 
@@ -76,7 +76,7 @@ def test_packed_columns_come_back_by_name() -> None:
         "none": np.empty(0, np.int32),
         "b": np.array([9], np.int32),
     }
-    packed = pack(columns, torch.device("cpu"))
+    packed = upload_columns(columns, torch.device("cpu"))
     assert list(packed) == list(columns)
     for name, column in columns.items():
         assert packed[name].dtype == torch.int32

@@ -176,7 +176,7 @@ def test_contradictions_among_the_pool_s_metrics_are_found() -> None:
         "pool_bytes": 400_000,
         "open_slots": 4,
         "sink_pages": 9,
-        "contained_elements_total": 0,
+        "nonfinite_elements_total": 0,
     }
     assert pool_problems(right) == []
     for name, value in (
@@ -185,7 +185,7 @@ def test_contradictions_among_the_pool_s_metrics_are_found() -> None:
         ("free_pages", -1),
         ("tokens_held", 33 * 64),
         ("pool_bytes", 100_000),
-        ("contained_elements_total", 1),
+        ("nonfinite_elements_total", 1),
     ):
         assert pool_problems({**right, name: value})
     assert (

@@ -18,7 +18,7 @@ from sgl_kvq.commands.calibrate.budget import (
     bits_per_element,
     candidate_formats,
     choose_bits,
-    left_over,
+    relative_mse,
 )
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.errors import ConfigError
@@ -110,9 +110,13 @@ def test_no_other_pair_of_codings_is_better(budget: float) -> None:
     assert sum(choose_bits(budget, layers, bases, 1).costs) == pytest.approx(least)
 
 
-def test_left_over_shrinks_sixteenfold_with_two_bits() -> None:
-    """Uniform steps: 15 / 63 of the step is 1 / 17.6 of the error; ranges cut more at 2 bits."""
-    two, four, six = left_over(2, True, 64), left_over(4, False, 64), left_over(6, False, 64)
+def test_relative_mse_shrinks_sixteenfold_with_two_bits() -> None:
+    """A step of 15 / 63 the size has 1 / 17.6 of the error; 2-bit ranges are clipped more."""
+    two, four, six = (
+        relative_mse(2, True, 64),
+        relative_mse(4, False, 64),
+        relative_mse(6, False, 64),
+    )
     assert two == pytest.approx(0.12, abs=0.015)
     assert 10 < two / four < 16
     assert 12 < four / six < 18

@@ -9,10 +9,10 @@ from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.quantize import (
-    contain_non_finite,
     encode_pages,
     pack_planes,
     quantize_groups,
+    replace_nonfinite,
 )
 from sgl_kvq.formats.registry import format_names, get_format
 from testbed.formats import named_format
@@ -99,30 +99,30 @@ def test_round_trip_is_within_half_a_step(name: str, head_dim: int) -> None:
             )
         budget = scales * (0.5 + coding.max_code * 2**-9) + mins.abs() * 2**-9 + 1e-6
         inside = torch.full_like(exact, not coding.mse_clipping, dtype=torch.bool)
-        if coding.mse_clipping:  # an MSE-clipped range cuts off what lies outside
+        if coding.mse_clipping:  # values outside the range are clipped
             top = mins + (coding.max_code + 1) * scales
             inside = (exact >= mins) & (exact <= top - scales)
             assert inside.float().mean() > 0.8
         assert ((values - exact).abs() <= budget)[inside].all()
 
 
-def test_a_fitted_range_is_the_best_of_those_tried() -> None:
+def test_the_clipping_ratio_with_the_least_error_is_taken() -> None:
     """Against the formula, one group at a time in float64."""
     generator = torch.Generator().manual_seed(4)
     x = random_rows((40, 1, 64), generator).float().squeeze(1)
     x[0] = 0.75  # constant
-    x[1, 3] = 100.0  # an outlier is cut off
+    x[1, 3] = 100.0  # an outlier, which is excluded
     is_out = torch.zeros(40, 64, dtype=torch.bool)
     is_out[:, :4] = True
     codes, scales, mins = quantize_groups(x, Coding(2, mse_clipping=True), -1, is_out)
     error = (codes * scales.double() + mins - x.double())[:, 4:].square().sum(1)
     tried = []
-    for width in (1.0, *CLIP_RATIOS):
+    for ratio in (1.0, *CLIP_RATIOS):
         kept = x[:, 4:]
         low, high = kept.amin(1, keepdim=True), kept.amax(1, keepdim=True)
-        cut = (high - low) * ((1 - width) / 2)
-        m = (low + cut).bfloat16().float()
-        s = ((high - cut - m) / 3).bfloat16().float()
+        clipped = (high - low) * ((1 - ratio) / 2)
+        m = (low + clipped).bfloat16().float()
+        s = ((high - clipped - m) / 3).bfloat16().float()
         s[s <= 0] = 1
         values = ((kept - m) / s).round().clamp(0, 3) * s + m
         tried.append((values - kept).double().square().sum(1))
@@ -180,7 +180,7 @@ def test_packing_is_invertible_and_places_channels(planes: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_non_finite_rows_are_refused(bad: float) -> None:
+def test_nonfinite_rows_are_refused(bad: float) -> None:
     layout = PageLayout(get_format("hack2"), 64, 1)
     k = torch.zeros(1, PAGE_SIZE, 1, 64, dtype=torch.bfloat16)
     k[0, 3, 0, 7] = bad
@@ -188,17 +188,17 @@ def test_non_finite_rows_are_refused(bad: float) -> None:
         encode_pages(k, torch.zeros_like(k), torch.zeros(1, dtype=torch.int32), layout)
 
 
-def test_contained_rows_keep_other_channels_exact() -> None:
+def test_nonfinite_elements_keep_other_channels_exact() -> None:
     generator = torch.Generator().manual_seed(5)
     layout = PageLayout(get_format("hack4"), 64, 1)
     k = random_rows((1, PAGE_SIZE, 1, 64), generator)
     bad = k.clone()
     bad[0, 3, 0, 7], bad[0, 9, 0, 8], bad[0, 10, 0, 8] = torch.nan, torch.inf, -torch.inf
-    contained, count = contain_non_finite(bad)
+    finite, count = replace_nonfinite(bad)
     assert int(count) == 3
     none = torch.zeros(1, dtype=torch.int32)
     clean = decode_keys(encode_pages(k, k, none, layout), layout)
-    values = decode_keys(encode_pages(contained, contained, none, layout), layout)
+    values = decode_keys(encode_pages(finite, finite, none, layout), layout)
     others = [channel for channel in range(64) if channel not in (7, 8)]
     assert torch.equal(values[..., others], clean[..., others])
     assert torch.isfinite(values).all()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -200,3 +202,14 @@ def test_contiguous_buffers_describe_one_row_a_page_and_layer() -> None:
     assert sizes == [(pool.plan.num_rows + 1) * layout.page_bytes] * 3
     assert pool.store.layer(6).pages.data_ptr() == addresses[1]
     assert pool.store.layer(5).open_rows.dtype == torch.bfloat16
+
+
+def test_models_leave_writing_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-MoE, gpt-oss and others fuse RoPE with a store to 16-bit buffers, which we lack."""
+    from sglang.srt.models import utils
+
+    pool = make()[0]
+    monkeypatch.setattr(utils, "_is_cuda", True)
+    monkeypatch.setattr(utils, "get_token_to_kv_pool", lambda: pool)
+    monkeypatch.setattr(utils, "is_prefill_context_parallel_enabled", lambda: False)
+    assert not utils.enable_fused_set_kv_buffer(SimpleNamespace(dcp_kv_mask=None))

@@ -49,8 +49,8 @@ def step(
     slots = SlotMaps(slot_of, slot_of)
     batch = upload_extend(plan, closed, torch.arange(len(pages)), req_to_token, slots)
     append = plan_append_extend(batch.touched, batch.resumed_slots)
-    rows, contained = append_extend(cache, layout, k, v, append)
-    assert int(contained) == 0
+    rows, num_nonfinite = append_extend(cache, layout, k, v, append)
+    assert int(num_nonfinite) == 0
     return extend(q, cache, layout, plan.requests, batch.fills, rows, 0.125), rows
 
 

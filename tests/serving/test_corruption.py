@@ -111,7 +111,7 @@ def assert_nothing_held(harness: Any) -> None:
     assert pool.open_slots.num_used() == 0
     assert tree.protected_size() == 0
     assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
-    assert int(pool.num_contained) == 0
+    assert int(pool.num_nonfinite) == 0
 
 
 def test_json_from_a_full_pool(

@@ -136,7 +136,7 @@ def test_graph_equals_eager_and_nothing_is_lost(
     pool, allocator, tree = harness.pool, harness.allocator, harness.scheduler.tree_cache
     assert pool.open_slots.num_used() == 0
     assert allocator.available_size() + tree.evictable_size() == pool.plan.num_tokens
-    assert int(pool.num_contained) == 0
+    assert int(pool.num_nonfinite) == 0
     harness = start(
         start_scheduler, model_path, name, kv_quant_config=file, disable_decode_cuda_graph=True
     )

@@ -10,7 +10,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from sgl_kvq.host.metrics import CONTAINED, GAUGES, PREFIX
+from sgl_kvq.host.metrics import GAUGES, NONFINITE, PREFIX
 from testbed.servers import Server
 from tests.support import ROOT
 
@@ -49,7 +49,7 @@ def generate(server: Server, ids: list[int], new_tokens: int) -> None:
 def test_every_metric_is_there_with_labels(server: Server) -> None:
     generate(server, [9] * 5, 2)
     found = scrape(server)
-    assert set(found) == {*GAUGES, f"{CONTAINED}_total"}
+    assert set(found) == {*GAUGES, f"{NONFINITE}_total"}
     assert found["bytes_per_token"] == 2 * 2 * 40  # layers, KV heads, docs/kv_layout.md
     assert found["open_slots"] == 2
     text = requests.get(f"{server.url}/metrics", timeout=30).text
@@ -92,11 +92,11 @@ def test_a_running_request_holds_an_open_page(server: Server) -> None:
         assert (found["open_pages"], found["closed_pages"]) == (1, 1)
 
 
-def test_contained_elements_are_counted(server: Server) -> None:
+def test_nonfinite_elements_are_counted(server: Server) -> None:
     server.flush_cache()
-    before = scrape(server)[f"{CONTAINED}_total"]
+    before = scrape(server)[f"{NONFINITE}_total"]
     generate(server, list(range(3000, 3128)), 2)
-    after = scrape_until(server, "open_pages", 0)[f"{CONTAINED}_total"]
+    after = scrape_until(server, "open_pages", 0)[f"{NONFINITE}_total"]
     # One channel of one head in one layer, of the two pages that closed.
     assert 0 < after - before <= 128
 

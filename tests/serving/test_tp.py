@@ -112,5 +112,5 @@ def serve(
     first: list[Result] = harness.generate(prompts, NEW_TOKENS, input_logprobs=True)
     hits = harness.generate(prompts, NEW_TOKENS)
     leaked = pool.plan.num_tokens - allocator.available_size() - tree.evictable_size()
-    held = (pool.open_slots.num_used(), leaked, int(pool.num_contained))
+    held = (pool.open_slots.num_used(), leaked, int(pool.num_nonfinite))
     return {"first": first, "hits": hits, "held": held, "heads": pool.layout.num_kv_heads}

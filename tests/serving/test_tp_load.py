@@ -14,7 +14,7 @@ from tests.support.random_load import OPTIONS, RandomLoad
 from tests.support.ranks import run_ranks
 from tests.support.scheduler import SchedulerHarness
 
-LOAD_S = float(os.environ.get("SGL_KVQ_LOAD_S", "20"))
+LOAD_S = float(os.environ.get("KVQ_LOAD_S", "20"))
 REQUESTS_A_CHECK = 10
 MIN_REQUESTS = 120  # until the pool was full and requests were retracted, on a slow machine, too
 
@@ -30,7 +30,7 @@ pytestmark = [
 def test_free_lists_stay_equal_and_nothing_is_held(
     name: str, tiny_model_path: str, text_ids: list[int]
 ) -> None:
-    """`SGL_KVQ_LOAD_S` sets the duration."""
+    """`KVQ_LOAD_S` sets the duration."""
     ranks = run_ranks(2, serve_load, tiny_model_path, name, text_ids)
     for rank in ranks:
         print(f"{name}: {rank}")

@@ -17,7 +17,7 @@ def model_path() -> str:
     """SmolLM2-135M-Instruct as a Hugging Face folder; made by `make model`."""
     from scripts.fetch_model import fetch
 
-    return str(fetch(Path(os.environ.get("SGL_KVQ_MODEL", ROOT / ".model" / "smollm2-135m"))))
+    return str(fetch(Path(os.environ.get("KVQ_MODEL", ROOT / ".model" / "smollm2-135m"))))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Bring a plan to the device: one copy a step, without waiting for it."""
+"""Bring the plan of an extend step to the device: one copy, without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.append.touched import TouchedPages
-from sgl_kvq.kernels.common.upload import upload_columns
-from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, ScratchFills
+from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, IntArray, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 
 
@@ -39,6 +38,155 @@ class ExtendBatch:
         return torch.index_select(cache.open_rows, 0, self.resumed_slots)
 
 
+@dataclass(frozen=True)
+class ExtendSizes:
+    """Room for the plan of an extend step.
+
+    Args:
+        touched: Pages that get rows.
+        resumed: Those of them with rows of earlier steps.
+        closed: Pages to dequantize, of each part.
+        copied: Touched pages whose rows are copied, of each part.
+    """
+
+    touched: int
+    resumed: int
+    closed: tuple[int, ...]
+    copied: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: ExtendPlan, fills: list[FillPlan]) -> ExtendSizes:
+        """What a plan takes."""
+        copied = tuple(int((fill.touched >= 0).sum()) for fill in fills)
+        closed = tuple(len(fill.page) - n for fill, n in zip(fills, copied, strict=True))
+        return cls(len(plan.touched.page), len(plan.resumed), closed, copied)
+
+    def hold(self, other: ExtendSizes) -> bool:
+        """Whether a plan of other sizes fits."""
+        return (
+            other.touched <= self.touched
+            and other.resumed <= self.resumed
+            and len(other.closed) == len(self.closed)
+            and all(a <= b for a, b in zip(other.closed, self.closed, strict=True))
+            and all(a <= b for a, b in zip(other.copied, self.copied, strict=True))
+        )
+
+
+class ExtendTables:
+    """Device memory that holds the plan of one extend step after the other.
+
+    Args:
+        sizes: Room for a plan; smaller ones are padded.
+        device: Where.
+
+    Attributes:
+        batch: Views of it, always the same.
+    """
+
+    def __init__(self, sizes: ExtendSizes, device: torch.device | str) -> None:
+        self.sizes = sizes
+        num_parts, num_pages = len(sizes.closed), sizes.touched + sum(sizes.closed)
+        lens = {"request": num_pages, "page": num_pages, "is_first": num_pages}
+        lens |= dict.fromkeys(("prior", "first", "end", "start"), sizes.touched)
+        lens |= {"resumed": sizes.resumed, "target": sum(sizes.closed), "num_pages": num_parts}
+        lens |= {"copied": sum(sizes.copied), "row_target": sum(sizes.copied)}
+        bounds = np.cumsum([0, *lens.values()])
+        self._slices = {name: slice(*bounds[i : i + 2]) for i, name in enumerate(lens)}
+        self._columns = torch.zeros(int(bounds[-1]), dtype=torch.int32, device=device)
+        self._looked_up = torch.zeros((3, num_pages), dtype=torch.int32, device=device)
+        self._resumed_slots = torch.zeros(sizes.resumed, dtype=torch.int32, device=device)
+        self.batch = self._views()
+
+    def _views(self) -> ExtendBatch:
+        sizes = self.sizes
+        of = {name: self._columns[where] for name, where in self._slices.items()}
+        touched, closed = self._looked_up.split([sizes.touched, sum(sizes.closed)], dim=1)
+        pages, sink_pages, slots = touched
+        by_part = zip(
+            *(x.split(sizes.closed) for x in (*closed[:2], of["target"])),
+            of["num_pages"].split(1),
+            *(of[name].split(sizes.copied) for name in ("copied", "row_target")),
+            strict=True,
+        )
+        return ExtendBatch(
+            touched=TouchedPages(
+                pages=pages,
+                slots=slots,
+                sink_pages=sink_pages,
+                prior=of["prior"],
+                first=of["first"],
+                end=of["end"],
+                start=of["start"],
+                is_first=of["is_first"][: sizes.touched],
+            ),
+            fills=[ScratchFills(*part) for part in by_part],
+            resumed_slots=self._resumed_slots,
+        )
+
+    def update(
+        self,
+        plan: ExtendPlan,
+        fills: list[FillPlan],
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        slots: SlotMaps,
+    ) -> None:
+        """Write a plan; look up its pages and slots.
+
+        Args:
+            plan: The batch.
+            fills: What attention reads, part by part.
+            req_pool_indices: int [batch], row of each request.
+            req_to_token: int32 [requests, context], token slots by position.
+            slots: Which page has which slot.
+        """
+        host = torch.zeros(len(self._columns), dtype=torch.int32)
+        self._fill(host.numpy(), plan, fills)
+        if self._columns.is_cuda:
+            host = host.pin_memory()
+        self._columns.copy_(host, non_blocking=True)
+        request, index, is_first = (
+            self._columns[self._slices[name]] for name in ("request", "page", "is_first")
+        )
+        rows = req_pool_indices.long()[request.long()]
+        pages = req_to_token[rows, index.long() * PAGE_SIZE] // PAGE_SIZE
+        self._looked_up[0] = pages
+        self._looked_up[1] = slots.sink_page_of[pages.long()] * is_first
+        self._looked_up[2] = slots.open_slot_of[pages.long()]
+        resumed = self._columns[self._slices["resumed"]]
+        torch.index_select(self._looked_up[2], 0, resumed, out=self._resumed_slots)
+
+    def _fill(self, host: IntArray, plan: ExtendPlan, fills: list[FillPlan]) -> None:
+        """Write the columns; padding has `end` 0, `copied` -1 and page 0 of the first request."""
+        sizes, touched = self.sizes, plan.touched
+
+        def write(name: str, parts: list[IntArray], room: tuple[int, ...]) -> None:
+            column = host[self._slices[name]]
+            for begin, part in zip(np.cumsum([0, *room]), parts, strict=False):
+                column[begin : begin + len(part)] = part
+
+        closed = [fill.touched < 0 for fill in fills]
+        copied = [fill.touched >= 0 for fill in fills]
+        pages = (sizes.touched, *sizes.closed)
+        which = [fill.request[m] for fill, m in zip(fills, closed, strict=True)]
+        index = [touched.page, *(fill.page[m] for fill, m in zip(fills, closed, strict=True))]
+        write("request", [touched.request, *which], pages)
+        write("page", index, pages)
+        write("is_first", [(page == 0).astype(np.int32) for page in index], pages)
+        for name in ("first", "end", "start"):
+            write(name, [getattr(touched, name)], (sizes.touched,))
+        write("prior", [touched.resumed], (sizes.touched,))
+        write("resumed", [plan.resumed], (sizes.resumed,))
+        targets = [fill.target[m] for fill, m in zip(fills, closed, strict=True)]
+        write("target", targets, sizes.closed)
+        host[self._slices["num_pages"]] = [int(m.sum()) for m in closed]
+        host[self._slices["copied"]] = -1
+        rows = [fill.touched[m] for fill, m in zip(fills, copied, strict=True)]
+        write("copied", rows, sizes.copied)
+        rows = [fill.target[m] for fill, m in zip(fills, copied, strict=True)]
+        write("row_target", rows, sizes.copied)
+
+
 def upload_extend(
     plan: ExtendPlan,
     fills: list[FillPlan],
@@ -46,65 +194,7 @@ def upload_extend(
     req_to_token: torch.Tensor,
     slots: SlotMaps,
 ) -> ExtendBatch:
-    """Look up pages and slots of a plan on the device.
-
-    Args:
-        plan: The batch.
-        fills: What attention reads, part by part.
-        req_pool_indices: int [batch], row of each request.
-        req_to_token: int32 [requests, context], token slots by position.
-        slots: Which page has which slot.
-    """
-    touched, resumed = plan.touched, plan.resumed
-    requests = [touched.request, *(fill.request for fill in fills)]
-    indices = [touched.page, *(fill.page for fill in fills)]
-    columns = upload_columns(
-        {
-            "request": np.concatenate(requests),
-            "page": np.concatenate(indices),
-            "prior": touched.resumed,
-            "first": touched.first,
-            "end": touched.end,
-            "start": touched.start,
-            "resumed": resumed,
-            "touched": np.concatenate([resumed[:0], *(fill.touched for fill in fills)]),
-            "target": np.concatenate([resumed[:0], *(fill.target for fill in fills)]),
-        },
-        req_to_token.device,
-    )
-    page_index = columns["page"].long()
-    rows = req_pool_indices.long()[columns["request"].long()]
-    pages = req_to_token[rows, page_index * PAGE_SIZE].int() // PAGE_SIZE
-    is_first = (page_index == 0).int()
-    sink_pages = slots.sink_page_of[pages].int() * is_first
-
-    sizes = [len(fill.page) for fill in fills]
-    count = len(touched.page)
-    open_slots = slots.open_slot_of[pages[:count]].int()
-    parts = (pages[count:], sink_pages[count:], columns["touched"], columns["target"])
-    return ExtendBatch(
-        touched=TouchedPages(
-            pages=pages[:count],
-            slots=open_slots,
-            sink_pages=sink_pages[:count],
-            prior=columns["prior"],
-            first=columns["first"],
-            end=columns["end"],
-            start=columns["start"],
-            is_first=is_first[:count],
-        ),
-        fills=[
-            ScratchFills(
-                pages=page,
-                sink_pages=sink_page,
-                touched=index,
-                targets=target,
-                has_touched=bool((fill.touched >= 0).any()),
-                has_closed=bool((fill.touched < 0).any()),
-            )
-            for fill, page, sink_page, index, target in zip(
-                fills, *(x.split(sizes) for x in parts), strict=True
-            )
-        ],
-        resumed_slots=open_slots[columns["resumed"].long()],
-    )
+    """A plan in device memory of its own; arguments as of `ExtendTables.update`."""
+    tables = ExtendTables(ExtendSizes.of(plan, fills), req_to_token.device)
+    tables.update(plan, fills, req_pool_indices, req_to_token, slots)
+    return tables.batch

@@ -1,8 +1,8 @@
 """Choose the codings that lose least within a number of bits, layer by layer.
 
-An error e of a row costs e M e^T / 2 nats (see `basis_fit`), so a coding that leaves the share d of
-a channel's variance costs d * variance * M / 2 there. M and the variances are calibration's
-moments, d is measured on normal numbers with the coding itself.
+An error e of a row costs e M e^T / 2 nats (see `basis_fit`), so a coding of relative squared error
+d costs d * variance * M / 2 in a channel. M and the variances are calibration's moments, d is
+measured on normal numbers with the coding itself.
 
 A model gets at most two codings: each is a kernel of its own, and a third would gain little
 (SmolLM2-135M at 4.5625 bits: one 0.0024 nats predicted, two 0.0014, any number 0.0014).
@@ -158,16 +158,16 @@ def _cost(candidate: QuantFormat, spread: _Spread) -> float:
     channel = torch.arange(head_dim)
     coarse = (channel >= outliers) & (channel < head_dim // 2) & (k_bits == 2)
     weight = torch.where(coarse, COARSE_WEIGHT, EXTRA_WEIGHT).double()
-    weight[:outliers] *= left_over(k_bits + EXTRA_BITS, False, PAGE_SIZE)
-    weight[outliers:] *= left_over(k_bits, candidate.k.mse_clipping, PAGE_SIZE)
+    weight[:outliers] *= relative_mse(k_bits + EXTRA_BITS, False, PAGE_SIZE)
+    weight[outliers:] *= relative_mse(k_bits, candidate.k.mse_clipping, PAGE_SIZE)
     k = (spread.k * weight).sum()
-    v_left = left_over(candidate.v.num_bits, candidate.v.mse_clipping, head_dim)
-    return 0.5 * float(k + spread.v.sum() * v_left)
+    v_mse = relative_mse(candidate.v.num_bits, candidate.v.mse_clipping, head_dim)
+    return 0.5 * float(k + spread.v.sum() * v_mse)
 
 
 @lru_cache
-def left_over(num_bits: int, mse_clipping: bool, group_size: int) -> float:
-    """Share of the variance of normal numbers that a coding leaves as error.
+def relative_mse(num_bits: int, mse_clipping: bool, group_size: int) -> float:
+    """Mean squared error of a coding on normal numbers, relative to their variance.
 
     Args:
         num_bits: Bits of a code, 1 to 8.

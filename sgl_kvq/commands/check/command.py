@@ -26,8 +26,8 @@ MIN_CAPABILITY = (8, 0)
 NUM_KV_HEADS = 2
 # 16-bit outputs and factors: 2^-8 on each; a wrong scale, page or sink row is far above this.
 MAX_ERROR = 0.01
-# Share of bytes in formats that fit their ranges: the order in which errors are added decides
-# between two that fit equally well.
+# Share of bytes that may differ in formats with MSE clipping: the order in which errors are added
+# decides between clipping ratios that are equally good.
 MAX_SEARCH_BYTES = 0.003
 
 

@@ -86,8 +86,8 @@ def _by_kernel(
     attention.plan(passes)
     batch = _upload(plan, [one_pass.fills for one_pass in passes], cache, sample)
     prior_rows = batch.prior_rows(cache)
-    contained = torch.zeros((), dtype=torch.int64, device=device)
-    append(cache, layout, k, v, batch.touched, contained, prior_rows)
+    num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    append(cache, layout, k, v, batch.touched, num_nonfinite, prior_rows)
     return extend(
         q, k, v, cache, layout, passes, batch.fills, batch.touched, prior_rows, attention,
         workspace,

@@ -118,9 +118,9 @@ def _append(cache: PagedCache, layout: PageLayout, sample: Sample, use_kernels: 
     if use_kernels:
         from sgl_kvq.kernels.append.api import append
 
-        contained = torch.zeros((), dtype=torch.int64, device=device)
+        num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         no_rows = torch.zeros_like(cache.open_rows[:1])
-        append(cache, layout, sample.k, sample.v, touched, contained, no_rows)
+        append(cache, layout, sample.k, sample.v, touched, num_nonfinite, no_rows)
         return
     from sgl_kvq.kernels.append.cpu import append_extend, plan_append_extend
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
+
+import torch
 
 
 def patched_targets(hook_registry: Any) -> set[str]:
@@ -12,7 +15,7 @@ def patched_targets(hook_registry: Any) -> set[str]:
 
 
 def add_enum_member(enum: Any, name: str, value: str) -> None:
-    """Give an enum of SGLang a further member, so that `enum(value)` finds it."""
+    """Add a member to an enum of SGLang, so that `enum(value)` finds it."""
     if value in enum._value2member_map_:
         return
     member = object.__new__(enum)
@@ -34,3 +37,23 @@ def replace_engine_args(server_args: Any) -> None:
 def attn_dp_size(configurator: Any) -> int:
     """Data-parallel groups of attention, from SGLang's `KVCacheConfigurator`."""
     return getattr(configurator, "ps", configurator).attn_dp_size
+
+
+def captures_prefill_graph() -> bool:
+    """Whether SGLang records its breakable prefill graph, attention between two of its pieces."""
+    return bool(_breakable_cuda_graph()._current_capture_var.get() is not None)
+
+
+def _breakable_cuda_graph() -> Any:
+    return import_module(
+        "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph"
+    )
+
+
+def prefill_graph_output(forward_batch: Any) -> torch.Tensor | None:
+    """Where a piece of SGLang's breakable prefill graph reads the output of attention.
+
+    Returns:
+        [tokens, num_qo_heads * head_dim], padding left out; None outside of such a graph.
+    """
+    return forward_batch._attn_output

@@ -10,7 +10,7 @@ from sgl_kvq.errors import ConfigError
 SUPPORTED = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 """Oldest first. The tests run on the first and the last."""
 
-ALLOW_UNTESTED_ENV = "SGL_KVQ_ALLOW_UNTESTED_SGLANG"
+ALLOW_UNTESTED_ENV = "KVQ_ALLOW_UNTESTED_SGLANG"
 
 
 def installed_version() -> str:

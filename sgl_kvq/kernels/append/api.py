@@ -44,7 +44,7 @@ def append(
     k: torch.Tensor,
     v: torch.Tensor,
     touched: TouchedPages,
-    num_contained: torch.Tensor,
+    num_nonfinite: torch.Tensor,
     prior_rows: torch.Tensor,
 ) -> None:
     """Store the fresh rows of an extend step and quantize the pages they fill, in one launch.
@@ -55,7 +55,7 @@ def append(
         k: [tokens, num_kv_heads, head_dim] of `layout.row_dtype` after RoPE, channels contiguous.
         v: Like k.
         touched: Pages that get rows, each once.
-        num_contained: int64 scalar, raised by the non-finite or too large elements replaced.
+        num_nonfinite: int64 scalar, raised by the non-finite or too large elements replaced.
         prior_rows: [m, 2, 64, num_kv_heads, head_dim], earlier rows of pages written before.
 
     Raises:
@@ -72,14 +72,14 @@ def append(
         k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         touched.pages, touched.slots, touched.sink_pages, touched.prior, touched.first,
         touched.end, touched.start, touched.is_first,
-        cache.pages, cache.open_rows, prior_rows, cache.sink_rows, num_contained,
+        cache.pages, cache.open_rows, prior_rows, cache.sink_rows, num_nonfinite,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def close_pages(
-    layers: PagedLayers, layout: PageLayout, table: PageTable, num_contained: torch.Tensor
+    layers: PagedLayers, layout: PageLayout, table: PageTable, num_nonfinite: torch.Tensor
 ) -> None:
     """Quantize each full last page of a decode step, in all layers, in one launch.
 
@@ -91,7 +91,7 @@ def close_pages(
         layers: Pages and sink rows are written in place; all 64 rows lie in the open slots.
         layout: Of the pages.
         table: Of the step.
-        num_contained: int64 scalar, raised by the non-finite or too large elements replaced.
+        num_nonfinite: int64 scalar, raised by the non-finite or too large elements replaced.
     """
     batch, cache = len(table.kv_last_page_len), layers.first
     num_layers = layers.displacements.shape[1]
@@ -99,7 +99,7 @@ def close_pages(
     _close_fwd_kernel[(min(CLOSE_PROGRAMS, pieces),)](
         layers.displacements, cache.pages, cache.open_rows, cache.sink_rows,
         table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.open_slots,
-        table.sink_pages, num_contained, batch, num_layers,
+        table.sink_pages, num_nonfinite, batch, num_layers,
         SINKS=cache.sink_tokens, SPEC=page_spec(layout),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
+from sgl_kvq.formats.quantize import encode_pages, replace_nonfinite
 from sgl_kvq.kernels.append.touched import TouchedPages
 from sgl_kvq.memory_pool.storage import PagedCache, PageTable
 
@@ -177,10 +177,10 @@ def _close_pages(
     """Quantize full pages found in `source` [n, 2, PAGE_SIZE, H, D]; return replaced elements."""
     if len(closing.pages) == 0:
         return torch.zeros((), dtype=torch.int64, device=source.device)
-    rows, num_contained = contain_non_finite(source[closing.rows])
+    rows, num_nonfinite = replace_nonfinite(source[closing.rows])
     num_sinks = torch.zeros(len(rows), dtype=torch.int32, device=source.device)
     num_sinks[closing.first] = cache.sink_tokens
     k, v = rows.unbind(1)
     cache.pages[closing.pages] = encode_pages(k, v, num_sinks, layout)
     cache.sink_rows[closing.sink_pages] = rows[closing.first, :, : cache.sink_tokens]
-    return num_contained
+    return num_nonfinite

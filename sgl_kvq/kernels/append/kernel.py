@@ -30,7 +30,7 @@ PAGE_TABLE = (
 @triton.jit
 def _close_page(
     x, channel, valid, which: tl.constexpr, head, page, sink_page, is_first_page,
-    pages_ptr, sink_rows_ptr, num_contained_ptr,
+    pages_ptr, sink_rows_ptr, num_nonfinite_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Write the codes of 64 rows [64, positions] of K (which = 0) or V (1), and their sinks."""
@@ -38,11 +38,11 @@ def _close_page(
     ROW: tl.constexpr = SPEC.num_kv_heads * D
     tokens = tl.arange(0, PAGE)
     wide = x.to(tl.float32)
-    is_bad = (tl.abs(wide) <= LARGEST) == 0
-    count = tl.sum(tl.sum(is_bad.to(tl.int32), axis=1), axis=0)
+    is_nonfinite = (tl.abs(wide) <= LARGEST) == 0
+    count = tl.sum(tl.sum(is_nonfinite.to(tl.int32), axis=1), axis=0)
     if count > 0:
         wide = tl.where(wide == wide, tl.minimum(tl.maximum(wide, -LARGEST), LARGEST), 0.0)
-        tl.atomic_add(num_contained_ptr, count.to(tl.int64))
+        tl.atomic_add(num_nonfinite_ptr, count.to(tl.int64))
     num_sinks = tl.where(is_first_page, SINKS, 0)
     if SINKS > 0 and is_first_page:
         at = sink_page.to(tl.int64) * (SPEC.page_bytes // 2) + which * SINKS * ROW
@@ -71,7 +71,7 @@ def _positions(CODING: tl.constexpr, SPEC: tl.constexpr):
 def _append_tensor(
     fresh_ptr, stride_t, stride_h, which: tl.constexpr, head, page, slot, sink_page, prior,
     first, end, start, is_first_page,
-    pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
+    pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_nonfinite_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """One page's fresh rows first to end - 1 of K (which = 0) or V (which = 1) of one head."""
@@ -90,7 +90,7 @@ def _append_tensor(
         x = tl.where((tokens < first)[:, None], earlier, x)
         _close_page(
             x, channel, valid, which, head, page, sink_page, is_first_page,
-            pages_ptr, sink_rows_ptr, num_contained_ptr, SINKS, CODING, SPEC,
+            pages_ptr, sink_rows_ptr, num_nonfinite_ptr, SINKS, CODING, SPEC,
         )  # fmt: skip
     else:
         ptrs = open_rows_ptr + slot.to(tl.int64) * (2 * PAGE * ROW) + in_slot
@@ -101,7 +101,7 @@ def _append_tensor(
 def _append_fwd_kernel(
     k_ptr, v_ptr, stride_kt, stride_kh, stride_vt, stride_vh,
     page_ptr, slot_ptr, sink_page_ptr, prior_ptr, first_ptr, end_ptr, start_ptr, is_first_ptr,
-    pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
+    pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_nonfinite_ptr,
     SINKS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """code = clip(round((x - m) / s)) for the pages that fill; rows to staging for the others.
@@ -120,18 +120,20 @@ def _append_fwd_kernel(
     is_first_page = tl.load(is_first_ptr + touched) != 0
     K: tl.constexpr = SPEC.k
     V: tl.constexpr = SPEC.v
+    if end == 0:  # padding
+        return
     if tl.program_id(2) == 0:
         _append_tensor(
             k_ptr, stride_kt, stride_kh, 0, head, page, slot, sink_page, prior,
             first, end, start, is_first_page,
-            pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
+            pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_nonfinite_ptr,
             SINKS, K, SPEC,
         )  # fmt: skip
     else:
         _append_tensor(
             v_ptr, stride_vt, stride_vh, 1, head, page, slot, sink_page, prior,
             first, end, start, is_first_page,
-            pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_contained_ptr,
+            pages_ptr, open_rows_ptr, prior_rows_ptr, sink_rows_ptr, num_nonfinite_ptr,
             SINKS, V, SPEC,
         )  # fmt: skip
 
@@ -139,7 +141,7 @@ def _append_fwd_kernel(
 @triton.jit
 def _close_slot(
     which: tl.constexpr, head, page, slot, sink_page, is_first_page,
-    pages_ptr, open_rows_ptr, sink_rows_ptr, num_contained_ptr,
+    pages_ptr, open_rows_ptr, sink_rows_ptr, num_nonfinite_ptr,
     SINKS: tl.constexpr, CODING: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Quantize K (which = 0) or V (which = 1) of one head of a full open slot."""
@@ -151,7 +153,7 @@ def _close_slot(
     x = tl.load(ptrs, mask=valid[None, :], other=0.0)
     _close_page(
         x, channel, valid, which, head, page, sink_page, is_first_page,
-        pages_ptr, sink_rows_ptr, num_contained_ptr, SINKS, CODING, SPEC,
+        pages_ptr, sink_rows_ptr, num_nonfinite_ptr, SINKS, CODING, SPEC,
     )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def _full_requests(kv_last_page_len_ptr, batch, nth):
 def _close_fwd_kernel(
     displacements_ptr, pages_ptr, open_rows_ptr, sink_rows_ptr,
     kv_indptr_ptr, kv_indices_ptr, kv_last_page_len_ptr, open_slots_ptr, sink_pages_ptr,
-    num_contained_ptr, batch, num_layers,
+    num_nonfinite_ptr, batch, num_layers,
     SINKS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """code = clip(round((x - m) / s)) for the full last pages of a batch, in every layer.
@@ -204,13 +206,13 @@ def _close_fwd_kernel(
             _close_slot(
                 0, head, page, slot, sink_page, end - begin == 1,
                 pages_ptr + to_pages, open_rows_ptr + to_open, sink_rows_ptr + to_sinks,
-                num_contained_ptr, SINKS, K, SPEC,
+                num_nonfinite_ptr, SINKS, K, SPEC,
             )  # fmt: skip
         else:
             _close_slot(
                 1, head, page, slot, sink_page, end - begin == 1,
                 pages_ptr + to_pages, open_rows_ptr + to_open, sink_rows_ptr + to_sinks,
-                num_contained_ptr, SINKS, V, SPEC,
+                num_nonfinite_ptr, SINKS, V, SPEC,
             )  # fmt: skip
         piece += tl.num_programs(0)
         _, request = _full_requests(kv_last_page_len_ptr, batch, piece // pieces)

@@ -16,9 +16,9 @@ from sgl_kvq.kernels.common.layouts import (
     EXTRA_PLANES,
     EXTRA_STEPS,
     PAGE,
-    cut_share,
+    clip_margin,
     next_power_of_2,
-    num_cuts,
+    num_clip_ratios,
     num_groups,
     num_outliers,
     num_planes,
@@ -130,14 +130,15 @@ def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
     low = tl.min(_kept(x, counts, float("inf")), axis=AXIS)
     high = tl.max(_kept(x, counts, float("-inf")), axis=AXIS)
     scales, mins = _range(low, high, tops)
-    if num_cuts(CODING) > 0:
+    if num_clip_ratios(CODING) > 0:
         least = _error(x, scales, mins, top, counts, AXIS, CODING.half_up)
-        for i in range(num_cuts(CODING)):  # not unrolled: the code of one pass fits the caches
-            share = low * 0.0
-            for j in tl.static_range(num_cuts(CODING)):
-                share = tl.where(i == j, cut_share(CODING, j), share)
-            cut = (high - low) * share
-            tried_scales, tried_mins = _range(low + cut, high - cut, tops)
+        # Not unrolled: the code of one pass fits the caches.
+        for i in range(num_clip_ratios(CODING)):
+            margin = low * 0.0
+            for j in tl.static_range(num_clip_ratios(CODING)):
+                margin = tl.where(i == j, clip_margin(CODING, j), margin)
+            clipped = (high - low) * margin
+            tried_scales, tried_mins = _range(low + clipped, high - clipped, tops)
             error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
             better = error < least
             if CODING.extra_bytes > 0:  # outlier channels keep their whole range

@@ -17,7 +17,7 @@ class TouchedPages:
         sink_pages: Page row for the sink rows; used by first pages that fill.
         prior: Index into the prior rows, where the page's earlier rows lie.
         first: First fresh row in the page; earlier ones come from the prior rows.
-        end: One after the last fresh row; 64 fills the page.
+        end: One after the last fresh row; 64 fills the page, 0 is padding.
         start: Row of k and v that becomes row `first`.
         is_first: 1 where the page holds position 0.
     """

@@ -21,21 +21,25 @@ def _blocks(num_rows: int, head_dim: int) -> dict[str, int]:
     }
 
 
-def change_basis(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+def change_basis(
+    x: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Multiply each head by the matrix of its KV head; products in three TF32 parts.
 
     Args:
         x: [tokens, heads, head_dim], channels contiguous; query heads of a KV head are adjacent.
         matrices: float32 [num_kv_heads, head_dim, head_dim], contiguous.
+        out: Like x, contiguous, written; None: a new one.
 
     Returns:
-        A new contiguous tensor like x.
+        out.
     """
     tokens, heads, head_dim = x.shape
     num_kv_heads = len(matrices)
     group = heads // num_kv_heads
     blocks = _blocks(tokens * group, head_dim)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _change_basis_kernel[(-(-tokens * group // blocks["BLOCK_R"]), num_kv_heads)](
         x, x.stride(0), x.stride(1), matrices, out, tokens,
         GROUP=group, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, **blocks, num_warps=4,

@@ -17,7 +17,7 @@ _TYPES = {
     **dict.fromkeys(("q_matrix_ptr", "k_matrix_ptr", "v_matrix_ptr"), "*fp32"),
     **dict.fromkeys(("seq_lens_ptr", "rows_ptr"), "*i64"),
     **dict.fromkeys(("open_slot_of_ptr", "sink_page_of_ptr"), "*i64"),
-    **dict.fromkeys(("num_contained_ptr", "displacements_ptr"), "*i64"),
+    **dict.fromkeys(("num_nonfinite_ptr", "displacements_ptr"), "*i64"),
     "pages_ptr": "*u8",
     "sm_scale_log2": "fp32",
 }

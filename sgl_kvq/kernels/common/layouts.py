@@ -110,15 +110,15 @@ def num_outliers(coding: CodingSpec) -> int:
 
 
 @constexpr_function
-def num_cuts(coding: CodingSpec) -> int:
+def num_clip_ratios(coding: CodingSpec) -> int:
     """Clipping ratios that the MSE range search tries besides 1."""
-    return len(coding.cuts)
+    return len(coding.clip_ratios)
 
 
 @constexpr_function
-def cut_share(coding: CodingSpec, index: int) -> float:
-    """Share of the range that a clipping ratio cuts off each end."""
-    return coding.cuts[index]
+def clip_margin(coding: CodingSpec, index: int) -> float:
+    """Share of the range that the clipping ratio of an index leaves out at each end."""
+    return (1 - coding.clip_ratios[index]) / 2
 
 
 @constexpr_function

@@ -19,8 +19,7 @@ class CodingSpec:
         group_channels: Channels that share a scale (token axis); head_dim on the channel axis.
         half_up: Ties round up instead of to even.
         rotation: Order of the Hadamard blocks, 1 without rotation.
-        cuts: Share of the range that each clipping ratio of the MSE range search cuts off either
-            end; empty without the search.
+        clip_ratios: Clipping ratios that the MSE range search tries besides 1; empty without it.
         extra_bytes: Bytes of a token's extra bits of outlier channels, 0 without.
         codes, scales, mins, extra: Offsets; 0 where the field does not exist.
     """
@@ -30,7 +29,7 @@ class CodingSpec:
     group_channels: int
     half_up: bool
     rotation: int
-    cuts: tuple[float, ...]
+    clip_ratios: tuple[float, ...]
     extra_bytes: int
     codes: int
     scales: int
@@ -93,7 +92,7 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         group_channels=layout.head_dim // groups,
         half_up=coding.rounding == "half_up",
         rotation=layout.rotation_order if coding.rotated else 1,
-        cuts=tuple((1 - width) / 2 for width in CLIP_RATIOS) if coding.mse_clipping else (),
+        clip_ratios=CLIP_RATIOS if coding.mse_clipping else (),
         extra_bytes=coding.num_outliers(layout.head_dim) * EXTRA_BITS // 8,
         codes=offset("codes"),
         scales=offset("scales"),

@@ -15,6 +15,8 @@ from sgl_kvq.kernels.extend.passes import AttentionPass, ScratchFills
 from sgl_kvq.kernels.extend.prefill_attention import PrefillAttention
 from sgl_kvq.memory_pool.storage import PagedCache
 
+FILL_PROGRAMS = 128  # for each head, K and V: more blocks than run at once on any GPU
+
 
 class ExtendWorkspace:
     """Scratch buffer for K and V in 16 bits, reused by every pass and layer (one stream only).
@@ -37,10 +39,12 @@ class ExtendWorkspace:
         # Zeros: channels beyond head_dim are never written and must not count.
         self.kv = torch.zeros(shape, dtype=layout.row_dtype, device=self._device)
 
-    def reserve(self, num_pages: int) -> None:
-        """Make room for `num_pages`."""
-        if num_pages * PAGE_SIZE > self.kv.shape[1]:
-            self._allocate(num_pages)
+    def reserve(self, num_pages: int) -> bool:
+        """Make room for `num_pages`; True if the buffer had to move."""
+        if num_pages * PAGE_SIZE <= self.kv.shape[1]:
+            return False
+        self._allocate(num_pages)
+        return True
 
 
 def fill_scratch(
@@ -65,18 +69,18 @@ def fill_scratch(
         prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], earlier rows of resumed pages.
         workspace: Written.
     """
-    grid = (len(fills.pages), layout.num_kv_heads, 2)
     keys, values = workspace.kv
     options = {"OUT_DIM": keys.shape[2], "SPEC": page_spec(layout), "num_warps": 4}
-    if fills.has_touched:
-        _copy_rows_kernel[grid](
-            k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), fills.touched, fills.targets,
-            touched.prior, touched.first, touched.end, touched.start, prior_rows, keys, values,
-            **options,
+    heads = layout.num_kv_heads
+    if len(fills.touched):
+        _copy_rows_kernel[(len(fills.touched), heads, 2)](
+            k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), fills.touched,
+            fills.row_targets, touched.prior, touched.first, touched.end, touched.start,
+            prior_rows, keys, values, **options,
         )  # fmt: skip
-    if fills.has_closed:
-        _dequantize_pages_kernel[grid](
-            fills.pages, fills.sink_pages, fills.touched, fills.targets,
+    if len(fills.pages):
+        _dequantize_pages_kernel[(min(len(fills.pages), FILL_PROGRAMS), heads, 2)](
+            fills.pages, fills.sink_pages, fills.targets, fills.num_pages,
             cache.pages, cache.sink_rows, keys, values,
             SINKS=cache.sink_tokens, enable_fp_fusion=False, **options,
         )  # fmt: skip
@@ -94,6 +98,7 @@ def extend(
     prior_rows: torch.Tensor,
     attention: PrefillAttention,
     workspace: ExtendWorkspace,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal attention of fresh tokens over their whole sequences.
 
@@ -114,14 +119,18 @@ def extend(
         prior_rows: [m, 2, PAGE_SIZE, num_kv_heads, head_dim], rows that resumed pages held before.
         attention: Runs the passes.
         workspace: Scratch buffer.
+        out: Like q, contiguous, written; None: a new one.
 
     Returns:
-        (out like q, lse float32 [tokens, num_qo_heads] in log base 2, or None if no pass merges).
+        (out, lse float32 [tokens, num_qo_heads] in log base 2, or None if no pass merges).
     """
     head_dim = q.shape[2]
     padding = workspace.kv.shape[3] - head_dim
-    q = torch.nn.functional.pad(q, (0, padding)) if padding else q.contiguous()
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if padding:
+        q = torch.nn.functional.pad(q, (0, padding))
+    padded = torch.empty_like(q) if padding else out
     lse = None
     if any(step.merges for step in passes):
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -131,9 +140,11 @@ def extend(
         rows = slice(step.q_begin, step.q_end)
         own_lse = None if lse is None else lse[rows]
         if own_lse is None or not step.merges:
-            attention.run(index, step, q[rows], keys, values, out[rows], own_lse)
+            attention.run(index, step, q[rows], keys, values, padded[rows], own_lse)
             continue
-        other, other_lse = torch.empty_like(out[rows]), torch.empty_like(own_lse)
+        other, other_lse = torch.empty_like(padded[rows]), torch.empty_like(own_lse)
         attention.run(index, step, q[rows], keys, values, other, other_lse)
-        merge(out[rows], own_lse, other, other_lse)
-    return out[..., :head_dim], lse
+        merge(padded[rows], own_lse, other, other_lse)
+    if padding:
+        out.copy_(padded[..., :head_dim])
+    return out, lse

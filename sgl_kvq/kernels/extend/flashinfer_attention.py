@@ -91,6 +91,7 @@ class FlashInferAttention:
     ) -> None:
         """Attend in one layer; see `PrefillAttention`."""
         wrapper = self._planned[index]
+        q = q.contiguous()
         results: dict[str, Any] = {"out": out, "lse": lse, "return_lse": lse is not None}
         if step.kv_indices is None:
             num_keys = int(step.kv_indptr[-1])

@@ -13,7 +13,8 @@ from sgl_kvq.kernels.extend.pages import page_rows, tile_channels
 
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_MAGNITUDE)
 # Arguments whose address must not make Triton compile another variant.
-FILLS = ("page_ptr", "sink_page_ptr", "touched_ptr", "target_ptr")
+FILLS = ("page_ptr", "sink_page_ptr", "target_ptr", "num_pages_ptr")
+COPIES = ("touched_ptr", "target_ptr")
 TOUCHED = ("prior_ptr", "first_ptr", "end_ptr", "start_ptr")
 
 
@@ -68,13 +69,13 @@ def _copy_page(
     tl.store(ptrs, x.to(out_ptr.dtype.element_ty), mask=(tokens < page.end) & valid)
 
 
-@triton.jit(do_not_specialize_on_alignment=(*FILLS, *TOUCHED))
+@triton.jit(do_not_specialize_on_alignment=(*COPIES, *TOUCHED))
 def _copy_rows_kernel(
     k_ptr, v_ptr, stride_kt, stride_kh, stride_vt, stride_vh, touched_ptr, target_ptr,
     prior_ptr, first_ptr, end_ptr, start_ptr, prior_rows_ptr, k_out_ptr, v_out_ptr,
     OUT_DIM: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Scratch rows [tokens, KV heads, OUT_DIM] = 16-bit rows, for entries of touched pages."""
+    """Scratch rows [tokens, KV heads, OUT_DIM] = 16-bit rows of touched pages; -1 is padding."""
     head = tl.program_id(1)
     touched = tl.load(touched_ptr + tl.program_id(0))
     if touched >= 0:
@@ -117,19 +118,18 @@ def _dequantize_page(
 
 @triton.jit(do_not_specialize_on_alignment=FILLS)
 def _dequantize_pages_kernel(
-    page_ptr, sink_page_ptr, touched_ptr, target_ptr,
+    page_ptr, sink_page_ptr, target_ptr, num_pages_ptr,
     pages_ptr, sink_rows_ptr, k_out_ptr, v_out_ptr,
     SINKS: tl.constexpr, OUT_DIM: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Scratch rows [tokens, KV heads, OUT_DIM] = code * scale + min, for entries of closed pages.
+    """Scratch rows [tokens, KV heads, OUT_DIM] = code * scale + min; sink rows are copied.
 
-    Sink rows are copied.
+    Programs share out the pages, so that a launch fits any number of them.
     """
-    entry = tl.program_id(0)
     head = tl.program_id(1)
     K: tl.constexpr = SPEC.k
     V: tl.constexpr = SPEC.v
-    if tl.load(touched_ptr + entry) < 0:
+    for entry in range(tl.program_id(0), tl.load(num_pages_ptr), tl.num_programs(0)):
         target = tl.load(target_ptr + entry)
         page = tl.load(page_ptr + entry).to(tl.int64)
         head_ptr = pages_ptr + page * SPEC.page_bytes + head * SPEC.head_bytes

@@ -101,23 +101,23 @@ class FillPlan:
 
 @dataclass(frozen=True)
 class ScratchFills:
-    """A `FillPlan` on the device, its pages looked up.
+    """A `FillPlan` on the device, its pages looked up; every tensor is int32.
 
     Args:
-        pages: int32 [n], page row to dequantize; not read for touched pages.
-        sink_pages: int32 [n], page row with the sink rows of a closed first page; 0 for others.
-        touched: int32 [n], index of the touched page whose 16-bit rows to copy, or -1.
-        targets: int32 [n], token of the scratch buffer where row 0 goes.
-        has_touched: Whether there are rows to copy.
-        has_closed: Whether there are pages to dequantize.
+        pages: [n], page row to dequantize.
+        sink_pages: [n], page row with the sink rows of a closed first page; 0 for others.
+        targets: [n], token of the scratch buffer where row 0 goes.
+        num_pages: [1], how many of the n there are; the rest is padding.
+        touched: [m], index of the touched page whose 16-bit rows to copy; -1: padding.
+        row_targets: [m], token of the scratch buffer where row 0 of those goes.
     """
 
     pages: torch.Tensor
     sink_pages: torch.Tensor
-    touched: torch.Tensor
     targets: torch.Tensor
-    has_touched: bool
-    has_closed: bool
+    num_pages: torch.Tensor
+    touched: torch.Tensor
+    row_targets: torch.Tensor
 
 
 @dataclass(frozen=True)

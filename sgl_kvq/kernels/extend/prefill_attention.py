@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -54,6 +54,23 @@ class PrefillAttention(Protocol):
             out: Like q, written.
             lse: float32 [tokens, num_qo_heads] in log base 2, written; None if nobody needs it.
         """
+
+
+@runtime_checkable
+class CapturableAttention(PrefillAttention, Protocol):
+    """A `PrefillAttention` whose calls a CUDA graph may hold; replays read the lengths anew."""
+
+    def plan_capture(self, max_sequences: int, max_queries: int, max_keys: int) -> None:
+        """Prepare one causal pass to be captured.
+
+        Args:
+            max_sequences: Sequences of a batch.
+            max_queries: Tokens of a batch.
+            max_keys: Keys of a batch.
+        """
+
+    def plan_replay(self, step: AttentionPass) -> None:
+        """Bring the lengths of a pass to where captured calls read them."""
 
 
 class MakePrefillAttention(Protocol):

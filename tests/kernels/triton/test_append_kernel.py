@@ -8,7 +8,7 @@ import triton.language as tl
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
-from sgl_kvq.formats.quantize import contain_non_finite, encode_pages
+from sgl_kvq.formats.quantize import encode_pages, replace_nonfinite
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.kernels.append import api
 from sgl_kvq.kernels.append.api import PagedLayers, TouchedPages, append, close_pages
@@ -62,7 +62,7 @@ def expected_pages(
 ) -> torch.Tensor:
     def pages(rows: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
         full = torch.stack([rows[:64], torch.cat([earlier[:10], rows[69:]])])
-        return contain_non_finite(full)[0].cpu()
+        return replace_nonfinite(full)[0].cpu()
 
     sinks = torch.tensor([SINKS, 0], dtype=torch.int32)
     return encode_pages(pages(k, prior[0, 0]), pages(v, prior[0, 1]), sinks, layout)
@@ -100,7 +100,7 @@ def test_bytes_equal_the_reference(name: str, head_dim: int, device: str) -> Non
     assert not cache.open_rows[3, :, 5:].any()
 
 
-def test_bad_elements_are_contained_and_counted(device: str) -> None:
+def test_nonfinite_elements_are_replaced_and_counted(device: str) -> None:
     layout = PageLayout(get_format("hack2"), 64, HEADS)
     generator = torch.Generator().manual_seed(1)
     k, v = (random_rows((123, HEADS, 64), generator).to(device) for _ in range(2))
@@ -152,7 +152,7 @@ def test_full_pages_close_in_every_layer(
     sinks = torch.tensor([0, SINKS], dtype=torch.int32)
     for cache, before in zip(caches, rows, strict=True):
         assert torch.equal(cache.open_rows.view(torch.int16), before.view(torch.int16))
-        full, _ = contain_non_finite(before[list(FULL_SLOTS.values())].cpu())
+        full, _ = replace_nonfinite(before[list(FULL_SLOTS.values())].cpu())
         expected = encode_pages(full[:, 0], full[:, 1], sinks, layout)
         differing = cache.pages[[5, 2]].cpu() != expected
         clipped = layout.format.k.mse_clipping or layout.format.v.mse_clipping

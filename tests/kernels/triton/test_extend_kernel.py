@@ -116,7 +116,7 @@ class Sequences:
         prior_rows = batch.prior_rows(self.cache)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
         append(self.cache, self.layout, k, v, batch.touched, count, prior_rows)
-        self.num_contained = int(count)
+        self.num_nonfinite = int(count)
         self.workspace.reserve(scratch_pages_of(passes))
         attention = self.attention()
         attention.plan(passes)
@@ -171,7 +171,7 @@ def check(
 ) -> None:
     prefix_lens = [sequences.lens[r] for r in requests]
     out, lse = sequences.step(requests, chunks, quantized, max_pages)
-    assert sequences.num_contained == 0
+    assert sequences.num_nonfinite == 0
     expected = [
         sequences.expected(r, prefix_len, quantized)
         for r, prefix_len in zip(requests, prefix_lens, strict=True)
@@ -226,7 +226,7 @@ def test_a_bad_row_stays_in_its_sequence(device: str, library: type[Any]) -> Non
     sequences = Sequences("hack2", 64, [70, 70], device, library)
     sequences.kv[0][1][3] = torch.nan
     out, _ = sequences.step([0, 1], [66, 66], quantized=False, max_pages=8)
-    assert sequences.num_contained == 2 * 64
+    assert sequences.num_nonfinite == 2 * 64
     assert out[66:].isfinite().all()
 
 

@@ -69,7 +69,7 @@ def test_it_serves_what_the_cpu_engine_does(
         if kv_format == name:
             assert len(set(harness.pool.plan.layouts)) == (1 if chosen is None else 2)
         assert harness.pool.open_slots.num_used() == 0
-        assert int(harness.pool.num_contained) == 0
+        assert int(harness.pool.num_nonfinite) == 0
         return results
 
     expected, wrong = serve(name), serve(other)

@@ -1,0 +1,105 @@
+"""CUDA graphs of extend attention: one layer's launches for one shape of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import torch
+
+from sgl_kvq.attention.plan.upload import ExtendBatch, ExtendSizes, ExtendTables
+from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.kernels.extend.passes import AttentionPass, ExtendPlan, FillPlan
+from sgl_kvq.kernels.extend.prefill_attention import CapturableAttention
+from sgl_kvq.memory_pool.storage import SlotMaps
+
+MAX_TOKENS = 1024
+"""Tokens of a step in a graph: with more, the GPU takes longer than the launches."""
+
+MAX_REQUESTS = 64
+MAX_RESUMED = 4
+"""Requests that continue inside a page; prefixes found in the cache are whole pages."""
+
+_MAX_TOUCHED = MAX_TOKENS // PAGE_SIZE + 2 * MAX_REQUESTS
+
+
+class ExtendGraphs:
+    """Graphs over tables and lengths at fixed places, which each step writes anew.
+
+    A step fits if one causal pass over the scratch buffer computes it, within the bounds above.
+
+    Args:
+        attention: Computes the pass.
+        max_pages: Pages of the scratch buffer.
+        device: A GPU.
+
+    Attributes:
+        batch: The step's pages, as captured launches read them.
+    """
+
+    def __init__(
+        self, attention: CapturableAttention, max_pages: int, device: torch.device | str
+    ) -> None:
+        sizes = ExtendSizes(_MAX_TOUCHED, MAX_RESUMED, (max_pages,), (_MAX_TOUCHED,))
+        self._attention, self._max_pages = attention, max_pages
+        self._tables = ExtendTables(sizes, device)
+        self.batch: ExtendBatch = self._tables.batch
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def plan(
+        self,
+        plan: ExtendPlan,
+        passes: list[AttentionPass],
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        slots: SlotMaps,
+    ) -> bool:
+        """Write a step to the tables, for replays and for calls outside of graphs.
+
+        Returns:
+            Whether it fits; otherwise nothing was done.
+        """
+        fills = [one_pass.fills for one_pass in passes]
+        if not self._graphs or not self._fits(plan, passes):
+            return False
+        self._tables.update(plan, fills, req_pool_indices, req_to_token, slots)
+        self._attention.plan_replay(passes[0])
+        return True
+
+    def _fits(self, plan: ExtendPlan, passes: list[AttentionPass]) -> bool:
+        (first, *more) = passes
+        return (
+            not more
+            and first.kv_indices is None
+            and first.q_end <= MAX_TOKENS
+            and len(plan.requests) <= MAX_REQUESTS
+            and self._tables.sizes.hold(ExtendSizes.of(plan, [first.fills]))
+        )
+
+    def plan_capture(self, num_tokens: int) -> AttentionPass:
+        """Prepare the launches of a step of up to `num_tokens` tokens."""
+        self._attention.plan_capture(MAX_REQUESTS, num_tokens, self._max_pages * PAGE_SIZE)
+        nothing = np.zeros(0, np.int32)
+        fills = FillPlan(nothing, nothing, nothing, nothing)
+        return AttentionPass(
+            fills, 0, num_tokens, nothing, nothing, None, None, causal=True, merges=False
+        )
+
+    def capture(self, key: Hashable, launch: Callable[[], object]) -> None:
+        """Record what `launch` starts; nothing runs."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            launch()
+        finally:
+            graph.capture_end()
+        self._graphs[key] = graph
+
+    def replay(self, key: Hashable) -> bool:
+        """Run a recorded layer on the planned step; False if there is none for this key."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            return False
+        graph.replay()
+        return True
