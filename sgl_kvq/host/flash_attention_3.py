@@ -16,6 +16,7 @@ from sgl_kvq.kernels.extend.prefill_attention import AttentionShape, PrefillAtte
 
 HOPPER = 9  # major compute capability
 LOG2_E = 1.4426950408889634
+QUERY_TILE = 128  # rows of a tile: queries of the heads that share a KV head
 HEURISTIC_SPLITS = 0  # FlashAttention-3 splits the keys when the queries leave multiprocessors idle
 
 
@@ -40,6 +41,7 @@ class PlannedPass(NamedTuple):
         max_seqlen_k: Longest sequence of keys.
         page_table: int32 [n, pages] on the device; None: `cu_seqlens_k` says where keys are.
         cache_seqlens: int32 [n] on the device, keys of each sequence; with `page_table` only.
+        num_splits: Most pieces that the keys of a sequence are cut into.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -48,6 +50,7 @@ class PlannedPass(NamedTuple):
     max_seqlen_k: int
     page_table: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
+    num_splits: int = HEURISTIC_SPLITS
 
 
 class FlashAttention3:
@@ -99,6 +102,17 @@ class FlashAttention3:
         cu_seqlens_q, cu_seqlens_k = self._captured
         self._planned = [PlannedPass(cu_seqlens_q, max_queries, cu_seqlens_k, max_keys, None, None)]
 
+    def _splits(self, num_queries: int) -> int:
+        """Pieces of the keys that occupy every multiprocessor once.
+
+        The heuristic would choose for the most keys, and merging many pieces takes long.
+        """
+        shape = self._shape
+        group = shape.num_qo_heads // shape.num_kv_heads
+        tiles = -(-num_queries * group // QUERY_TILE) * shape.num_kv_heads
+        properties = torch.cuda.get_device_properties(self._device)
+        return max(1, int(properties.multi_processor_count) // tiles)
+
     def plan_replay(self, step: AttentionPass) -> None:
         """Give the lengths to captured calls; see `CapturableAttention`."""
         assert self._captured is not None
@@ -125,7 +139,7 @@ class FlashAttention3:
             "max_seqlen_q": planned.max_seqlen_q,
             "softmax_scale": self._shape.sm_scale,
             "causal": step.causal,
-            "num_splits": HEURISTIC_SPLITS,
+            "num_splits": planned.num_splits,
             "return_softmax_lse": True,
             "out": out,
         }
