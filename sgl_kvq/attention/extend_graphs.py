@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class ExtendGraphs:
         self._tables = ExtendTables(sizes, device)
         self.batch: ExtendBatch = self._tables.batch
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # torch.cuda.graph_pool_handle(), on a GPU
 
     def plan(
         self,
@@ -93,6 +94,8 @@ class ExtendGraphs:
 
     def capture(self, key: Hashable, launch: Callable[[], object]) -> None:
         """Record what `launch` starts; nothing runs."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:

@@ -100,7 +100,10 @@ class FlashAttention3:
                 (2, max_sequences + 1), dtype=torch.int32, device=self._device
             )
         cu_seqlens_q, cu_seqlens_k = self._captured
-        self._planned = [PlannedPass(cu_seqlens_q, max_queries, cu_seqlens_k, max_keys, None, None)]
+        splits = self._splits(max_queries)
+        self._planned = [
+            PlannedPass(cu_seqlens_q, max_queries, cu_seqlens_k, max_keys, None, None, splits)
+        ]
 
     def _splits(self, num_queries: int) -> int:
         """Pieces of the keys that occupy every multiprocessor once.
@@ -114,13 +117,19 @@ class FlashAttention3:
         return max(1, int(properties.multi_processor_count) // tiles)
 
     def plan_replay(self, step: AttentionPass) -> None:
-        """Give the lengths to captured calls; see `CapturableAttention`."""
+        """Give the lengths to captured calls and to the next `run`; see `CapturableAttention`."""
         assert self._captured is not None
         lens = np.empty(self._captured.shape, np.int32)
         for row, indptr in zip(lens, (step.qo_indptr, step.kv_indptr), strict=True):
             row[: len(indptr)] = indptr
             row[len(indptr) :] = indptr[-1]  # sequences of no tokens
-        self._captured.copy_(torch.from_numpy(lens).pin_memory(), non_blocking=True)
+        host = torch.from_numpy(lens)
+        if self._captured.is_cuda:
+            host = host.pin_memory()
+        self._captured.copy_(host, non_blocking=True)
+        longest_q, longest_k = (int(np.diff(x).max()) for x in (step.qo_indptr, step.kv_indptr))
+        cu_seqlens_q, cu_seqlens_k = self._captured
+        self._planned = [PlannedPass(cu_seqlens_q, longest_q, cu_seqlens_k, longest_k, None, None)]
 
     def run(
         self,

@@ -70,7 +70,10 @@ class CapturableAttention(PrefillAttention, Protocol):
         """
 
     def plan_replay(self, step: AttentionPass) -> None:
-        """Bring the lengths of a pass to where captured calls read them."""
+        """Bring the lengths of a pass to where captured calls read them.
+
+        `run` attends to the pass as well: a step may fit the graphs and still be run outside.
+        """
 
 
 class MakePrefillAttention(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import triton
@@ -11,8 +13,10 @@ from sgl_kvq.attention.gpu import GpuEngine
 from sgl_kvq.attention.layer import LayerSpec
 from sgl_kvq.attention.warm_up import warm_up
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.host.flash_attention_3 import HOPPER, FlashAttention3, make_prefill_attention
 from sgl_kvq.memory_pool.storage import PagedCache
 from tests.attention.test_engine_cpu import STEPS, TOTALS
+from tests.support import torch_flash_attention
 from tests.support.attention import relative_error
 from tests.support.growing_requests import NUM_LAYERS, GrowingRequests, make_layers, make_store
 from tests.support.torch_attention import TorchAttention
@@ -132,6 +136,34 @@ def test_nothing_is_compiled_after_warm_up(gpu: str, monkeypatch: pytest.MonkeyP
     assert compiled == []
 
 
+def test_a_step_that_fits_graphs_may_run_outside(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang runs a step without its graph when padding would double it, as one of one token."""
+    if device == "cpu":
+        monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", torch_flash_attention)
+        monkeypatch.setattr(FlashAttention3, "_splits", lambda *args: 1)
+    elif torch.cuda.get_device_capability()[0] != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    store = make_store("hack2")
+    expected = GrowingRequests(store, TOTALS, seed=5)
+    reference = CpuEngine(store, make_layers(store), expected.req_to_token, False)
+    store = make_store("hack2", device)
+    requests = GrowingRequests(store, TOTALS, seed=5)
+    layers, tokens = make_layers(store), requests.req_to_token
+    engine = GpuEngine(store, layers, tokens, False, FlashAttention3)
+    graphs = engine._extend_graphs
+    assert graphs is not None
+    graphs.plan_capture(16)
+    graphs._graphs["a layer elsewhere"] = None  # type: ignore[assignment]
+    for step in STEPS:
+        outs = zip(expected.step(reference, *step), requests.step(engine, *step), strict=True)
+        assert engine._planned_for_graphs or step[2]
+        for wanted, found in outs:
+            assert relative_error(found.cpu(), wanted) < 1e-2
+    assert_same_storage(requests, expected)
+
+
 class ExtendInGraphs:
     """Extends by replaying graphs of one layer each, in tensors of a fixed place."""
 
@@ -171,8 +203,6 @@ class ExtendInGraphs:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["hack2", "kvq2", "bf16"])
 def test_extend_in_graphs_equals_eager(gpu: str, name: str) -> None:
-    from sgl_kvq.host.flash_attention_3 import HOPPER, make_prefill_attention
-
     if torch.cuda.get_device_capability()[0] != HOPPER:
         pytest.skip("needs a Hopper GPU")
     runs = []

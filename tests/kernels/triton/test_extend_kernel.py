@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names
+from sgl_kvq.host.flash_attention_3 import HOPPER, FlashAttention3
 from sgl_kvq.kernels.append.api import append
 from sgl_kvq.kernels.extend.api import ExtendWorkspace, extend
 from sgl_kvq.kernels.extend.configs import prefill_head_dim
@@ -21,23 +23,26 @@ from sgl_kvq.kernels.extend.merge import merge
 from sgl_kvq.kernels.extend.prefill_attention import AttentionShape
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 from testbed.formats import named_format
+from tests.support import torch_flash_attention
 from tests.support.attention import random_rows, relative_error
 from tests.support.sink_rows import empty_sink_rows
-from tests.support.torch_attention import TorchAttention
 
 HEADS, GROUP, SINKS = 2, 3, 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["torch"] if INTERPRETED else ["flash_attention_3", "flashinfer"])
-def library(request: pytest.FixtureRequest, device: str) -> type[Any]:
-    """What runs the passes."""
-    if request.param == "torch":
-        return TorchAttention
+@pytest.fixture(
+    params=["flash_attention_3"] if INTERPRETED else ["flash_attention_3", "flashinfer"]
+)
+def library(
+    request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch
+) -> type[Any]:
+    """What runs the passes; without a GPU, FlashAttention-3's functions are torch's."""
     if request.param == "flashinfer":
         return FlashInferAttention
-    from sgl_kvq.host.flash_attention_3 import HOPPER, FlashAttention3
-
+    if INTERPRETED:
+        monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", torch_flash_attention)
+        return FlashAttention3
     if torch.cuda.get_device_capability()[0] != HOPPER:
         pytest.skip("needs a Hopper GPU")
     pytest.importorskip("sgl_kernel.flash_attn", exc_type=ImportError)
