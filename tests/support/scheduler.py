@@ -199,10 +199,12 @@ class SchedulerHarness:
 
     def close(self) -> None:
         """Free process groups and memory, so that another scheduler can start here."""
+        from sglang.srt import runtime_context
         from sglang.srt.distributed import parallel_state
 
         with suppress(Exception):
             self.scheduler.release_host_resources()
+        runtime_context.get_resources().expert_location_metadata = None
         # Globals of SGLang keep the scheduler alive; its weights and pages need not be.
         for weight in self.scheduler.tp_worker.model_runner.model.parameters():
             weight.data = weight.data.new_empty(0)
