@@ -1,5 +1,6 @@
 # `make demo` and `make test` set everything up on a bare machine and reuse it the second time.
 # Needs Python 3.11 or 3.12 with venv; PYTHON=... chooses one.
+# SGLANG_SOURCE=FOLDER: a checkout of that SGLang for `make test-long`, which else downloads it.
 # HOST=VERSION takes another SGLang, in an environment of its own: `make test HOST=0.5.23`.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -69,6 +70,7 @@ test-fast: install
 test-long: install model
 	$(PYTEST) -m long
 	TRITON_INTERPRET=1 $(PYTEST) -m long $(INTERPRETED)
+	$(BIN)/python -m scripts.host_tests $(SGLANG_SOURCE:%=--source %)
 
 check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files

@@ -48,11 +48,14 @@ class KvqAttnBackend(AttentionBackend):
                 "attention backend kvq: expected a quantized pool, got "
                 f"{type(runner.token_to_kv_pool).__name__}; start the server with --kv-quant"
             )
+        # Models ask the backend for them.
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
         store = runner.token_to_kv_pool.store
         specs = _layer_specs(runner, store, rank_bases(runner, config, store.layout))
         self._layers = {spec.layer_id: spec for spec in specs}
         self._on_gpu = str(store.device).startswith("cuda")
-        req_to_token = runner.req_to_token_pool.req_to_token
+        req_to_token = self.req_to_token_pool.req_to_token
         self.engine = _engine(store, specs, req_to_token, config.quantized_prefill)
         if self._on_gpu:
             max_batch, context = req_to_token.shape

@@ -14,8 +14,15 @@ from sgl_kvq.host.names import (
     RadixAttention,
     mambaish_config,
 )
+from sgl_kvq.host.options import flag_of
 
 logger = logging.getLogger(__name__)
+
+NEEDS_GPU = ("enable_memory_saver", "enable_lora", "lora_paths")
+"""Options with which SGLang's own scheduler ends in a traceback on a CPU.
+
+The first preloads a library that links CUDA; LoRA's buffers are in page-locked memory.
+"""
 
 
 def choose_graphs(args: Any) -> None:
@@ -41,9 +48,9 @@ def check_device(args: Any) -> None:
         ConfigError: says what is there.
     """
     if not torch.accelerator.is_available():
-        if args.enable_memory_saver:
-            # The scheduler would end with exit code 127: it preloads a library that links CUDA.
-            raise ConfigError("--enable-memory-saver: expected a GPU, got none; drop the option")
+        for name in NEEDS_GPU:
+            if getattr(args, name):
+                raise ConfigError(f"{flag_of(name)}: expected a GPU, got none; drop the option")
         return
     expected = "--kv-quant: expected a CPU, or an NVIDIA GPU of compute capability 8.0 or more"
     if torch.version.cuda is None or not torch.cuda.is_available():

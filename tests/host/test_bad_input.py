@@ -89,8 +89,10 @@ def test_options(
 
 @pytest.mark.usefixtures("cpu")
 def test_options_that_need_a_gpu(prepare: Callable[[list[str]], Any], tiny_model_path: str) -> None:
-    argv = ["--model-path", tiny_model_path, "--kv-quant", "hack2", "--enable-memory-saver"]
-    assert "--enable-memory-saver: expected a GPU, got none" in exit_line(prepare, *argv)
+    argv = ["--model-path", tiny_model_path, "--kv-quant", "hack2"]
+    for options in (["--enable-memory-saver"], ["--enable-lora"], ["--lora-paths", "a=b"]):
+        line = exit_line(prepare, *argv, *options)
+        assert f"{options[0]}: expected a GPU, got none" in line
 
 
 def test_an_option_nobody_has_tried(

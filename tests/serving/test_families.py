@@ -15,12 +15,13 @@ from tests.support.model_folders import make_model
 PROMPT, NEW_TOKENS = 200, 70
 ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02}  # mean; measured 0.025 and 0.008
 
-ALWAYS = ("llama-mha-float16", "qwen3-float16")
+ALWAYS = ("llama-mha-float16", "qwen3-float16", "qwen3-moe-float16")
 CASES = {
     "llama-bfloat16": ("llama", torch.bfloat16),
     "llama-mha-float16": ("llama-mha", torch.float16),
     "qwen2-bfloat16": ("qwen2", torch.bfloat16),
     "qwen3-float16": ("qwen3", torch.float16),
+    "qwen3-moe-float16": ("qwen3-moe", torch.float16),
     "mistral-bfloat16": ("mistral", torch.bfloat16),
 }
 

@@ -17,7 +17,7 @@ import torch
 from sgl_kvq.formats.registry import format_names
 from tests.support.hf_oracle import FORMATS, oracle_logprobs
 
-SHORT, LONG, DECODED = 330, 2150, 70
+SHORT, LONG, DECODED, DECODED_LONG = 330, 2150, 70, 3000
 ALWAYS = ("hack4", "k4v2", "saw4", "bf16")  # and hack2, past 2,000 tokens
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -50,20 +50,23 @@ def difference(logprobs: list[float], oracle: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "length"),
+    ("name", "length", "decoded"),
     [
-        ("hack2", LONG),
-        *((name, SHORT) for name in ALWAYS),
+        ("hack2", LONG, DECODED),
+        *((name, SHORT, DECODED) for name in ALWAYS),
         *(
-            pytest.param(name, LONG, marks=pytest.mark.long)
+            pytest.param(name, LONG, DECODED, marks=pytest.mark.long)
             for name in format_names()
             if name in FORMATS and name != "hack2"
         ),
+        pytest.param("hack4", SHORT, DECODED_LONG, marks=pytest.mark.long),
+        pytest.param("hack2", SHORT, DECODED_LONG, marks=pytest.mark.long),
     ],
 )
 def test_prefill_and_decode(
     name: str,
     length: int,
+    decoded: int,
     short_model_path: str,
     text_ids: list[int],
     start_scheduler: Callable[..., Any],
@@ -71,7 +74,7 @@ def test_prefill_and_decode(
     """Input logprobs check extend, output logprobs check decode, both over closed pages."""
     prompt = text_ids[:length]
     result, sequence = serve(
-        start_scheduler, short_model_path, name, prompt, DECODED, kv_quant_prefill="quantized"
+        start_scheduler, short_model_path, name, prompt, decoded, kv_quant_prefill="quantized"
     )
     oracle = oracle_logprobs(short_model_path, sequence, name).logprobs
     for found in (

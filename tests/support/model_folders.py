@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SIZES = {
@@ -33,6 +34,10 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 4}),
     "qwen2": (Qwen2Config, {}),  # biases on Q, K and V
     "qwen3": (Qwen3Config, {"head_dim": 128}),  # norms on Q and K
+    "qwen3-moe": (  # asks the backend for its pool; all experts, since rounding changes the choice
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
+    ),
     "mistral": (MistralConfig, {"sliding_window": None}),
 }
 

@@ -89,10 +89,12 @@ class SchedulerHarness:
         input_logprobs: bool = False,
         ignore_eos: bool = True,
         json_schema: str | None = None,
+        logprobs: bool = True,
     ) -> str:
         """Queue a greedy request; return its id.
 
-        With a schema the answer is JSON of that form and ends where the JSON does.
+        With a schema the answer is JSON of that form and ends where the JSON does. Without
+        logprobs the request takes paths of SGLang that those with logprobs do not.
         """
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
@@ -115,9 +117,9 @@ class SchedulerHarness:
                     mm_inputs=None,
                     token_type_ids=None,
                     sampling_params=sampling,
-                    return_logprob=True,
+                    return_logprob=logprobs,
                     logprob_start_len=0 if input_logprobs else len(input_ids) - 1,
-                    top_logprobs_num=2,
+                    top_logprobs_num=2 * logprobs,
                     token_ids_logprob=None,
                     stream=False,
                 )
@@ -166,12 +168,12 @@ class SchedulerHarness:
         assert req.finished(), f"{rid} is not finished"
         logprob = getattr(req, "logprob", req)
         values = getattr(logprob, "input_token_logprobs_val", None)
-        top = zip(logprob.output_top_logprobs_val, logprob.output_top_logprobs_idx, strict=True)
+        tops = logprob.output_top_logprobs_val or [], logprob.output_top_logprobs_idx or []
         return Result(
             output_ids=list(req.output_ids),
             input_logprobs=None if values is None else [v for v in values if v is not None],
-            output_logprobs=list(logprob.output_token_logprobs_val),
-            top=[list(zip(values, ids, strict=True)) for values, ids in top],
+            output_logprobs=list(logprob.output_token_logprobs_val or []),
+            top=[list(zip(*pair, strict=True)) for pair in zip(*tops, strict=True)],
             cached_tokens=req.cached_tokens,
             finish_reason=type(req.finished_reason).__name__,
         )
@@ -197,10 +199,12 @@ class SchedulerHarness:
 
     def close(self) -> None:
         """Free process groups and memory, so that another scheduler can start here."""
+        from sglang.srt import runtime_context
         from sglang.srt.distributed import parallel_state
 
         with suppress(Exception):
             self.scheduler.release_host_resources()
+        runtime_context.get_resources().expert_location_metadata = None
         # Globals of SGLang keep the scheduler alive; its weights and pages need not be.
         for weight in self.scheduler.tp_worker.model_runner.model.parameters():
             weight.data = weight.data.new_empty(0)
