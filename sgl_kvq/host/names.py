@@ -58,7 +58,6 @@ NAMES = {
     "register_attention_backend": (
         "sglang.srt.layers.attention.attention_registry:register_attention_backend"
     ),
-    "get_token_to_kv_pool": "sglang.srt.model_executor.forward_context:get_token_to_kv_pool",
     # memory
     "KVCache": "sglang.srt.mem_cache.memory_pool:KVCache",
     "GPU_MEMORY_TYPE_KV_CACHE": "sglang.srt.constants:GPU_MEMORY_TYPE_KV_CACHE",
@@ -90,7 +89,6 @@ DECODE_MANAGER = f"{_PREALLOC_QUEUE}._init_kv_manager"
 CREATE_SENDER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender"
 CREATE_RECEIVER = f"{_PREALLOC_QUEUE}._create_receiver_and_enqueue"
 DECODE_PREALLOC = f"{_PREALLOC_QUEUE}._pre_alloc"
-FUSES_KV_WRITE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 METRICS_REPORTER = (
     "sglang.srt.managers.scheduler_components.metrics_reporter"

@@ -200,11 +200,6 @@ def _support_triton(original: Callable[[str], bool], backend: str) -> bool:
     return original(backend)
 
 
-def _fuses_kv_write(original: Callable[[Any], bool], forward_batch: Any) -> bool:
-    """A quantized pool has no K and V that a kernel for rotary embeddings could write to."""
-    return not hasattr(host.get_token_to_kv_pool(), "store") and original(forward_batch)
-
-
 HOOKS = (
     Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
     Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
@@ -212,7 +207,6 @@ HOOKS = (
     Hook(host.ALLOC_EXTEND, _alloc_extend, "the prefix cache that our allocator may evict from"),
     Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),
     Hook(host.SUPPORT_TRITON, _support_triton, "PyTorch helpers instead of Triton ones on a CPU"),
-    Hook(host.FUSES_KV_WRITE, _fuses_kv_write, "models leave writing K and V to our backend"),
     Hook(host.GET_KV_CLASS, _kv_class, "our classes for PD transfer"),
     Hook(host.PREFILL_MANAGER, _start_manager, "the transfer thread of a PD prefill instance"),
     Hook(host.DECODE_MANAGER, _start_manager, "the transfer thread of a PD decode instance"),

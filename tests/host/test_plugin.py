@@ -7,11 +7,9 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from scripts.hook_table import hook_table
 from sgl_kvq.errors import HostError
@@ -141,20 +139,3 @@ def test_a_moved_host_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_documented_hooks_are_those_of_the_plugin(plugin: Any) -> None:
     assert hook_table() in (ROOT / "patches" / "README.md").read_text()
     assert f"{SUPPORTED[0]} to {SUPPORTED[-1]}" in (ROOT / "patches" / "README.md").read_text()
-
-
-def test_models_leave_writing_k_and_v_to_the_backend(
-    plugin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-    from sglang.srt.models import qwen3_moe, utils
-
-    stock, ours = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=torch.bfloat16)
-    ours.store = None
-    monkeypatch.setattr(utils, "_is_cuda", True)
-    monkeypatch.setattr(utils, "is_prefill_context_parallel_enabled", lambda: False, raising=False)
-    monkeypatch.setattr(utils, "is_cp_active", lambda batch: False, raising=False)
-    for pool, fuses in ((stock, True), (ours, False)):
-        backend = SimpleNamespace(token_to_kv_pool=pool)
-        with forward_context(ForwardContext(attn_backend=backend)):
-            assert qwen3_moe.enable_fused_set_kv_buffer(SimpleNamespace()) is fuses
