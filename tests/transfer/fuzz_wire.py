@@ -53,7 +53,7 @@ def part() -> assembly.IncomingPart:
         Prompt(150, 7),
         lambda data: None,
     )
-    fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1)
+    fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1, now=0.0)
     fresh.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, 4)))
     return fresh
 

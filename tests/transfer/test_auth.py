@@ -71,7 +71,7 @@ def test_nobody_gets_in_when_the_authenticator_has_stopped(tmp_path: Path) -> No
     prefill = PrefillSide(TransferConfig(keys=ours))
     stranger = DecodeSide(TransferConfig(keys=theirs))
     with stopped(prefill, stranger):
-        authenticator = prefill.thread._authenticator
+        authenticator = prefill.thread._listener._authenticator
         assert authenticator is not None
         authenticator.stop()
         stranger.announce(1, [prefill.endpoint])

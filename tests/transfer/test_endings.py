@@ -176,7 +176,7 @@ def test_a_command_after_the_end_writes_to_no_descriptor() -> None:
     decode = DecodeSide(CONFIG)
     with stopped(decode):
         pass
-    wake = decode.thread._wake
+    wake = decode.thread.environment._wake
     other = os.eventfd(0, os.EFD_NONBLOCK)
     os.dup2(other, wake)
     try:

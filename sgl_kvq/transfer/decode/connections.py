@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +16,7 @@ from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.protocol.messages import Hello, Message, pack_message
 from sgl_kvq.transfer.runtime.curve import secure_client
+from sgl_kvq.transfer.runtime.environment import Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
@@ -42,6 +40,8 @@ class Connection:
         identity: Routing id; kept over reconnects, so that the prefill rank knows its peer.
         socket: DEALER socket.
         monitor: Socket that reports when the connection breaks.
+        opened: When it was opened, in seconds.
+        last_heard: Time of the last message, in seconds.
         reason: Why the handshake was refused.
         instance: Random number of the prefill process; None before the handshake.
         heads: KV heads that the prefill rank holds.
@@ -59,6 +59,8 @@ class Connection:
     identity: bytes
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
+    opened: float
+    last_heard: float
     state: ConnectionState = ConnectionState.CONNECTING
     reason: str = ""
     instance: int | None = None
@@ -67,8 +69,6 @@ class Connection:
     broken: bool = False
     damaged: float = 0.0
     reconnected_silent: bool = False
-    opened: float = field(default_factory=time.monotonic)
-    last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
@@ -90,23 +90,15 @@ class Connections:
     """Connections by endpoint and by socket.
 
     Args:
-        make_socket: `TransferThread.make_socket`.
-        poller: Poller of the transfer thread.
+        environment: That of the transfer thread.
         config: Keys.
         hello: First message on a connection.
     """
 
-    def __init__(
-        self,
-        make_socket: Callable[[int], zmq.Socket[bytes]],
-        poller: zmq.Poller,
-        config: TransferConfig,
-        hello: Hello,
-    ) -> None:
+    def __init__(self, environment: Environment, config: TransferConfig, hello: Hello) -> None:
         self.by_endpoint: dict[str, Connection] = {}
         self.by_socket: dict[zmq.Socket[bytes], Connection] = {}
-        self._make_socket, self._poller, self._keys = make_socket, poller, config.keys
-        self._hello = hello
+        self._environment, self._keys, self._hello = environment, config.keys, hello
 
     def get_or_connect(self, endpoint: str) -> Connection:
         """The connection to a prefill rank.
@@ -117,7 +109,7 @@ class Connections:
             zmq.ZMQError: not an address.
         """
         known = self.by_endpoint.get(endpoint)
-        return known or self._add(self._open(endpoint, b"kvq" + os.urandom(16)))
+        return known or self._add(self._open(endpoint, b"kvq" + self._environment.random_bytes(16)))
 
     def _open(self, endpoint: str, identity: bytes) -> Connection:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -126,7 +118,7 @@ class Connections:
                 "expected --kv-quant-transfer-keys for an address beyond loopback; make keys with: "
                 "python -m sgl_kvq keys FOLDER"
             )
-        socket = self._make_socket(zmq.DEALER)
+        socket = self._environment.make_socket(zmq.DEALER)
         monitor = None
         try:
             socket.setsockopt(zmq.ROUTING_ID, identity)
@@ -138,13 +130,14 @@ class Connections:
         except Exception:
             _close_sockets(socket, monitor)
             raise
-        return Connection(endpoint, identity, socket, monitor)
+        now = self._environment.now()
+        return Connection(endpoint, identity, socket, monitor, now, now)
 
     def _add(self, connection: Connection) -> Connection:
         self.by_endpoint[connection.endpoint] = connection
         for readable in (connection.socket, connection.monitor):
             self.by_socket[readable] = connection
-            self._poller.register(readable, zmq.POLLIN)
+            self._environment.watch(readable)
         self.send_hello(connection)
         return connection
 
@@ -153,7 +146,7 @@ class Connections:
         del self.by_endpoint[connection.endpoint]
         for readable in (connection.socket, connection.monitor):
             del self.by_socket[readable]
-            self._poller.unregister(readable)
+            self._environment.unwatch(readable)
         _close_sockets(connection.socket, connection.monitor)
 
     def reconnect(self, connection: Connection) -> None:
@@ -174,7 +167,7 @@ class Connections:
 
     def send_hello(self, connection: Connection) -> None:
         """Begin the handshake."""
-        connection.hello_sent = time.monotonic()
+        connection.hello_sent = self._environment.now()
         self.send(connection, self._hello)
 
     def send(self, connection: Connection, message: Message) -> None:
