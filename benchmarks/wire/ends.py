@@ -97,7 +97,10 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     pipe.send(f"tcp://{spec.host}:{thread.port}")
     while (order := pipe.recv()) is not None:
         room, block_bytes = order
-        blocks = list(cut_pages(0, pages, [page_bytes] * NUM_LAYERS, block_bytes))
+        layers = [page_bytes] * NUM_LAYERS
+        first = 1 if room == 1 else 0  # a connection begins with small blocks
+        blocks = list(cut_pages(0, pages[:first], layers, page_bytes))
+        blocks += cut_pages(first, pages[first:], layers, block_bytes)
         last = metadata_block(bytes(2048))
         requested.clear()
         done.clear()

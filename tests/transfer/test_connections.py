@@ -67,7 +67,8 @@ def test_very_many_queued_rooms_all_end(count: int) -> None:
             for room in batch:
                 decode.start(room, nothing)
                 prefill.send(room, nothing, 0)
-            wait_for(lambda batch=batch: all(decode.outcomes[room].result for room in batch), 30.0)
+            ended = [side.outcomes[room] for side in (prefill, decode) for room in batch]
+            wait_for(lambda ended=ended: all(outcome.result for outcome in ended), 30.0)
             for room in batch:
                 decode.close(room)
                 prefill.close(room)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.errors import KvqError, TransferError, WireError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.codecs.registry import decodable
 from sgl_kvq.transfer.decode.assembly import IncomingPart, IncomingTransfer
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FINISHED = 1024
 HELLO_INTERVAL_S = 2.0
+STRANGER_BYTES = 3 * 2**16
+"""What a prefill rank may send at once before its first block, apart from that: messages that wait
+and a first window."""
 
 
 class DecodeThread(TransferThread):
@@ -59,7 +63,10 @@ class DecodeThread(TransferThread):
     ) -> None:
         super().__init__("decode", rank, environment)
         hello = Hello(WIRE_VERSION, rank.instance, rank.fingerprint, decodable())
-        self._connections = Connections(self.environment, rank.config, hello)
+        stranger_bytes = STRANGER_BYTES + PAGE_SIZE * rank.access.row_bytes(rank.access.heads)
+        self._connections = Connections(
+            self.environment, rank.config, hello, stranger_bytes, self._on_flood
+        )
         self.connections = self._connections.by_endpoint
         self._send = self._connections.send
         self._receiver = BlockReceiver(
@@ -179,11 +186,18 @@ class DecodeThread(TransferThread):
         if connection is None:
             return
         if socket is connection.monitor:
-            recv_monitor_message(socket, zmq.NOBLOCK)
-            self._on_disconnect(connection)
+            event = recv_monitor_message(socket, zmq.NOBLOCK)
+            if event["event"] == zmq.EVENT_CONNECTED:
+                self._connections.on_connected(connection, event["value"])
+            else:
+                self._on_disconnect(connection)
             return
         super().receive(socket)
         self._receiver.answer(connection)
+
+    def _on_flood(self, connection: Connection) -> None:
+        reason = f"the instance at {connection.endpoint} sent more than it was asked for"
+        self.post(lambda: self._on_refuse(connection, reason))
 
     def _on_disconnect(self, connection: Connection) -> None:
         """Have the next tick reconnect: ZeroMQ itself gives up after a damaged stream."""
@@ -197,13 +211,16 @@ class DecodeThread(TransferThread):
         connection = self._connections.by_socket[socket]
         connection.last_heard = self.now()
         kind = frames[0].bytes if frames else b""
-        if kind == CONTROL and len(frames) == 2:
-            self._on_message(connection, parse_message(frames[1].buffer))
-        elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
-            payloads = [frame.buffer for frame in frames[2:]]
-            self._receiver.take(connection, frames[1].buffer, payloads)
-        else:
-            raise WireError(f"expected a message or blocks, got {len(frames)} frames")
+        try:
+            if kind == CONTROL and len(frames) == 2:
+                self._on_message(connection, parse_message(frames[1].buffer))
+            elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
+                payloads = [frame.buffer for frame in frames[2:]]
+                self._receiver.take(connection, frames[1].buffer, payloads)
+            else:
+                raise WireError(f"expected a message or blocks, got {len(frames)} frames")
+        finally:
+            self._connections.took(connection)
 
     @override
     def take_results(self) -> None:
@@ -267,6 +284,7 @@ class DecodeThread(TransferThread):
     @override
     def tick(self) -> None:
         """Expire idle transfers; reconnect or close unhealthy connections."""
+        self.environment.inbound.sweep()
         now = self.now()
         deadline_s = self.config.deadline_s
         for connection in list(self.connections.values()):
@@ -293,6 +311,8 @@ class DecodeThread(TransferThread):
     @override
     def send_alive(self) -> None:
         for connection in self.connections.values():
+            if connection.state is not ConnectionState.READY:
+                continue
             rooms = [[room, nonce] for room, (nonce, _, _) in connection.waiting.items()]
             rooms += [[room, part.transfer.nonce] for room, part in connection.parts.items()]
             for message in alive_messages(rooms):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,13 +15,17 @@ from sgl_kvq.errors import TransferError
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
+from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 from sgl_kvq.transfer.protocol.messages import Hello, Message, pack_message
 from sgl_kvq.transfer.runtime.curve import secure_client
-from sgl_kvq.transfer.runtime.environment import Environment
+from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
+
+PROVEN_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_BLOCK_BYTES + 2**20)
+"""What a prefill rank may send between two messages that are taken: those that wait and one."""
 
 
 class ConnectionState(Enum):
@@ -53,6 +58,8 @@ class Connection:
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
         finished: Nonce of rooms that ended with success, in case the last message is lost.
+        descriptor: ZeroMQ's, once it is connected.
+        proven: Whether a block came for one of its rooms, with the right fingerprint.
     """
 
     endpoint: str
@@ -73,6 +80,8 @@ class Connection:
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
+    descriptor: int = -1
+    proven: bool = False
 
     @property
     def patience(self) -> float:
@@ -93,12 +102,23 @@ class Connections:
         environment: That of the transfer thread.
         config: Keys.
         hello: First message on a connection.
+        stranger_bytes: What a prefill rank that is not proven may send between two messages.
+        on_flood: Called with a connection that was dropped because of what it sent.
     """
 
-    def __init__(self, environment: Environment, config: TransferConfig, hello: Hello) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        config: TransferConfig,
+        hello: Hello,
+        stranger_bytes: int,
+        on_flood: Callable[[Connection], None],
+    ) -> None:
         self.by_endpoint: dict[str, Connection] = {}
         self.by_socket: dict[zmq.Socket[bytes], Connection] = {}
         self._environment, self._keys, self._hello = environment, config.keys, hello
+        self._inbound, self._stranger_bytes = environment.inbound, stranger_bytes
+        self._on_flood = on_flood
 
     def get_or_connect(self, endpoint: str) -> Connection:
         """The connection to a prefill rank.
@@ -125,7 +145,7 @@ class Connections:
             socket.ipv6 = ":" in host
             if self._keys is not None:
                 secure_client(socket, self._keys)
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
             socket.connect(endpoint)
         except Exception:
             _close_sockets(socket, monitor)
@@ -141,12 +161,28 @@ class Connections:
         self.send_hello(connection)
         return connection
 
+    def on_connected(self, connection: Connection, descriptor: int) -> None:
+        """ZeroMQ has reached the prefill rank: limit what it may send."""
+        connection.descriptor = descriptor
+        self._inbound.add(
+            descriptor,
+            int(connection.endpoint.rpartition(":")[2]),
+            PROVEN_BYTES if connection.proven else self._stranger_bytes,
+            on_drop=lambda: self._on_flood(connection),
+        )
+
+    def took(self, connection: Connection) -> None:
+        """A message was taken and handled; it may have proven the prefill rank."""
+        if not (connection.proven and self._inbound.prove(connection.descriptor, PROVEN_BYTES)):
+            self._inbound.took(connection.descriptor)
+
     def close(self, connection: Connection) -> None:
         """End a connection."""
         del self.by_endpoint[connection.endpoint]
         for readable in (connection.socket, connection.monitor):
             del self.by_socket[readable]
             self._environment.unwatch(readable)
+        self._inbound.forget(connection.descriptor)
         _close_sockets(connection.socket, connection.monitor)
 
     def reconnect(self, connection: Connection) -> None:
@@ -163,6 +199,7 @@ class Connections:
         fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
         fresh.finished, fresh.blocks = connection.finished, connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
+        fresh.proven = connection.proven
         self._add(fresh)
 
     def send_hello(self, connection: Connection) -> None:

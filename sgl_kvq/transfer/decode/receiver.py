@@ -77,10 +77,12 @@ class BlockReceiver:
         part.last_heard = connection.last_heard
         connection.reconnected_silent = False
         try:
-            return part.claim(header, payload)
+            block = part.claim(header, payload)
         except WireError as error:
             self._fail(part.transfer, str(error))
             raise
+        connection.proven = True
+        return block
 
     def answer(self, connection: Connection) -> None:
         """Ack in order: the sender treats a gap as loss. A block that cannot be stored is fatal."""

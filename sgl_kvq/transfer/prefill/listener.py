@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.errors import ConfigError, TransferError
 from sgl_kvq.transfer.codecs.registry import get_codec
+from sgl_kvq.transfer.prefill.door import Door
 from sgl_kvq.transfer.prefill.pace import Pace
 from sgl_kvq.transfer.prefill.rooms import Peer
 from sgl_kvq.transfer.protocol.handshake import check_codec, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
-from sgl_kvq.transfer.protocol.messages import Hello, Message, Refuse, Welcome, pack_message
+from sgl_kvq.transfer.protocol.messages import (
+    MAX_MESSAGE_BYTES,
+    Hello,
+    Message,
+    Refuse,
+    Welcome,
+    pack_message,
+)
 from sgl_kvq.transfer.runtime.curve import secure_server
-from sgl_kvq.transfer.runtime.environment import Environment
+from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.rank import Rank
 
 MAX_PEERS = 1024
+MAX_HALF_OPEN = 64
+"""Connections that wait in the kernel to be accepted."""
+HELLO_S = 10.0
+"""A connection without a valid Hello is dropped after this time."""
+HELLO_BYTES = 16 * 2**10
+"""All that may come before it."""
+PEER_BUFFER_BYTES = 64 * 2**10
+"""The kernel's receive buffer for a decode rank."""
+PEER_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_MESSAGE_BYTES + 2**12)
+"""What a decode rank may send between two messages that are taken: those that wait and one."""
 
 
 class Listener:
@@ -32,6 +52,7 @@ class Listener:
 
     Attributes:
         socket: ROUTER socket.
+        monitor: Socket that reports accepted connections.
         port: Where it listens.
         peers: Decode ranks by routing id.
 
@@ -47,10 +68,15 @@ class Listener:
         self.socket = environment.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.socket.backlog = MAX_HALF_OPEN
         self.socket.ipv6 = ":" in rank.config.host
+        self._inbound = environment.inbound
+        self._door: Door | None = None
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED)
         keys = rank.config.keys
         self._authenticator = self._secure(keys) if keys else None
         self.port = self._bind(tp_rank)
+        environment.watch(self.monitor)
         environment.watch(self.socket)
 
     def _secure(self, keys: Path) -> ThreadAuthenticator:
@@ -75,6 +101,32 @@ class Listener:
             raise ConfigError(
                 f"--kv-quant-transfer-host {host}: cannot listen on port {port or 'any'} ({error})"
             ) from error
+
+    def on_events(self) -> None:
+        """Note what the monitor reports."""
+        with suppress(zmq.Again):
+            while True:
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+                now = self._environment.now()
+                if event["event"] == zmq.EVENT_LISTENING:
+                    self._door = Door(event["value"], self._environment.now)
+                elif self._door is not None:
+                    self._door.enter()
+                    self._inbound.add(
+                        event["value"], self.port, HELLO_BYTES, now + HELLO_S, self._door.flooded
+                    )
+
+    def took(self, identity: bytes, frame: zmq.Frame) -> None:
+        """A message was taken and handled; a peer may send more after that, a stranger may not."""
+        if identity not in self.peers:
+            return
+        descriptor = int(frame.get(zmq.SRCFD))
+        if descriptor not in self._inbound:
+            self.on_events()
+        if not self._inbound.prove(descriptor, PEER_BYTES, PEER_BUFFER_BYTES):
+            self._inbound.took(descriptor)
+        elif self._door is not None:
+            self._door.leave()
 
     def on_hello(self, identity: bytes, hello: Hello) -> None:
         """Accept a decode rank, or tell it why not."""
@@ -112,8 +164,11 @@ class Listener:
             if identity in self.peers:
                 self.peers[identity].reachable = False
 
-    def forget_idle(self) -> None:
-        """Forget peers that have no transfers and have been silent for several deadlines."""
+    def tick(self) -> None:
+        """Forget peers without transfers that have been silent for several deadlines."""
+        self._inbound.sweep()
+        if self._door is not None:
+            self._door.tick()
         oldest = self._environment.now() - 4 * self._rank.config.deadline_s
         for peer in list(self.peers.values()):
             if not peer.parts and peer.last_heard < oldest:
@@ -121,6 +176,9 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening."""
+        if self._door is not None:
+            self._door.close()
+        self.socket.disable_monitor()
         self.socket.close(linger=200)
         if self._authenticator is not None:
             self._authenticator.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 from typing_extensions import override
@@ -173,11 +174,21 @@ class PrefillThread(TransferThread):
         self._drop(transfer, reason)
 
     @override
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        if socket is self._listener.monitor:
+            self._listener.on_events()
+        else:
+            super().receive(socket)
+
+    @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         identity, *rest = frames
-        if len(rest) != 2 or rest[0].bytes != CONTROL:
-            raise WireError(f"expected a control message, got {len(rest)} frames")
-        self._on_message(identity.bytes, parse_message(rest[1].buffer))
+        try:
+            if len(rest) != 2 or rest[0].bytes != CONTROL:
+                raise WireError(f"expected a control message, got {len(rest)} frames")
+            self._on_message(identity.bytes, parse_message(rest[1].buffer))
+        finally:
+            self._listener.took(identity.bytes, frames[-1])
 
     def _on_message(self, identity: bytes, message: Message | OtherVersion) -> None:
         if isinstance(message, OtherVersion):
@@ -220,7 +231,7 @@ class PrefillThread(TransferThread):
             return
         if transfer is None:
             transfer = self.rooms[request.room] = OutgoingTransfer(request.room, self.now())
-        transfer.request = transfer.request or request
+        transfer.request = transfer.request or replace(request, have=[])
         transfer.parts[peer.identity] = OutgoingPart(transfer, peer, request, self._buffers)
         transfer.last_heard = self.now()
         self._check_requested(transfer)
@@ -331,7 +342,7 @@ class PrefillThread(TransferThread):
         for room, (_, since) in list(self._refused.items()):
             if now - since > deadline_s:
                 del self._refused[room]
-        self._listener.forget_idle()
+        self._listener.tick()
 
     def _silence(self, transfer: OutgoingTransfer) -> str:
         seconds = f"{self.config.deadline_s:g} s"

@@ -12,7 +12,18 @@ import zmq
 
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 from sgl_kvq.transfer.protocol.messages import MAX_MESSAGE_BYTES
+from sgl_kvq.transfer.runtime.inbound import InboundLimits
 from sgl_kvq.transfer.runtime.workers import WorkerPool
+
+MAX_QUEUED_MESSAGES = 4
+"""Messages of a connection that wait for the transfer thread; others wait in the kernel."""
+MAX_UNSENT_MESSAGES = 8192
+"""Messages for a peer that does not read; their bytes are bounded by its window."""
+STRANGER_BUFFER_BYTES = 1024
+"""The kernel's receive buffer of an accepted connection, until its peer belongs to us: that slows
+strangers down to some 10 MB/s."""
+CHECK_INTERVAL_S = 0.005
+"""Time between two looks at what peers sent."""
 
 
 class Environment:
@@ -22,6 +33,7 @@ class Environment:
 
     Attributes:
         context: Owner of the sockets.
+        inbound: What connections have sent; the transfer thread adds them.
     """
 
     def __init__(self) -> None:
@@ -30,6 +42,9 @@ class Environment:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock, self._closed = threading.Lock(), False
         self._poller.register(self._wake, zmq.POLLIN)
+        self.inbound = InboundLimits(self.now)
+        self._check_due, self._next_check = False, 0.0
+        self._poller.register(self.inbound.fileno(), zmq.POLLIN)
 
     now = staticmethod(time.monotonic)
     """Seconds; never goes back."""
@@ -41,8 +56,11 @@ class Environment:
         """A socket without linger, with heartbeats, that drops a peer with oversized frames."""
         socket = self.context.socket(kind)
         socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = 0  # the window bounds what is on the way
-        socket.maxmsgsize = max(MAX_BLOCK_BYTES, MAX_MESSAGE_BYTES)
+        socket.rcvhwm, socket.sndhwm = MAX_QUEUED_MESSAGES, MAX_UNSENT_MESSAGES
+        if kind == zmq.ROUTER:  # which nobody sends blocks
+            socket.maxmsgsize, socket.rcvbuf = MAX_MESSAGE_BYTES, STRANGER_BUFFER_BYTES
+        else:
+            socket.maxmsgsize = MAX_BLOCK_BYTES
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -58,12 +76,32 @@ class Environment:
         self._poller.unregister(socket)
 
     def wait(self, timeout_s: float) -> list[zmq.Socket[bytes]]:
-        """Wait for a readable socket or a `wake`; the sockets that can be read."""
+        """Wait for a readable socket or a `wake`; the sockets that can be read.
+
+        Connections that send too much are dropped here, after the messages among what they sent
+        were taken.
+        """
+        timeout_s = self._check_inbound(timeout_s)
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        self._check_due = ready.pop(self.inbound.fileno(), None) is not None
         if ready.pop(self._wake, None):
             with suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
         return list(ready)
+
+    def _check_inbound(self, timeout_s: float) -> float:
+        """Check what came in, if something did and the last look is a while ago."""
+        now, descriptor = self.now(), self.inbound.fileno()
+        if self._check_due:
+            if not self.inbound.check():
+                return timeout_s
+            self._poller.unregister(descriptor)
+            self._next_check = now + CHECK_INTERVAL_S
+        elif descriptor not in self._poller:
+            if now < self._next_check:
+                return min(timeout_s, self._next_check - now)
+            self._poller.register(descriptor, zmq.POLLIN)
+        return timeout_s
 
     def wake(self) -> None:
         """End the `wait` that runs, or the next one."""
@@ -81,4 +119,5 @@ class Environment:
             if not self._closed:
                 self._closed = True
                 os.close(self._wake)
+                self.inbound.close()
         self.context.destroy(linger=0)
