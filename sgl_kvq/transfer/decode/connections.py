@@ -17,7 +17,7 @@ from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 from sgl_kvq.transfer.protocol.messages import Hello, Message, pack_message
-from sgl_kvq.transfer.runtime.curve import secure_client
+from sgl_kvq.transfer.runtime.curve import KeyFolder, load_client_keys, secure_client
 from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.request_state import RequestState
@@ -116,7 +116,8 @@ class Connections:
     ) -> None:
         self.by_endpoint: dict[str, Connection] = {}
         self.by_socket: dict[zmq.Socket[bytes], Connection] = {}
-        self._environment, self._keys, self._hello = environment, config.keys, hello
+        self._environment, self._hello = environment, hello
+        self._keys = KeyFolder(config.keys, load_client_keys) if config.keys else None
         self._inbound, self._stranger_bytes = environment.inbound, stranger_bytes
         self._on_flood = on_flood
 
@@ -144,7 +145,7 @@ class Connections:
             socket.setsockopt(zmq.ROUTING_ID, identity)
             socket.ipv6 = ":" in host
             if self._keys is not None:
-                secure_client(socket, self._keys)
+                secure_client(socket, self._keys.keys())
             monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
             socket.connect(endpoint)
         except Exception:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.errors import ConfigError, TransferError
@@ -24,10 +24,12 @@ from sgl_kvq.transfer.protocol.messages import (
     Welcome,
     pack_message,
 )
-from sgl_kvq.transfer.runtime.curve import secure_server
+from sgl_kvq.transfer.runtime.curve import CurveServer
 from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.rank import Rank
+
+logger = logging.getLogger(__name__)
 
 MAX_PEERS = 1024
 MAX_HALF_OPEN = 64
@@ -74,14 +76,16 @@ class Listener:
         self._door: Door | None = None
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED)
         keys = rank.config.keys
-        self._authenticator = self._secure(keys) if keys else None
+        self._curve = self._secure(keys) if keys else None
         self.port = self._bind(tp_rank)
+        self._endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._failed_binds = 0
         environment.watch(self.monitor)
         environment.watch(self.socket)
 
-    def _secure(self, keys: Path) -> ThreadAuthenticator:
+    def _secure(self, keys: Path) -> CurveServer:
         try:
-            return secure_server(self.socket, keys)
+            return CurveServer(self.socket, keys)
         except ConfigError:
             self._environment.close()  # Python would wait for the open socket at exit
             raise
@@ -101,6 +105,23 @@ class Listener:
             raise ConfigError(
                 f"--kv-quant-transfer-host {host}: cannot listen on port {port or 'any'} ({error})"
             ) from error
+
+    def _listen_again(self) -> None:
+        """Close all connections and accept new ones, which use the socket's new keys.
+
+        Decode ranks connect again by themselves, and their transfers go on.
+        """
+        if self._door is not None:
+            self._door.close()  # it would keep the port
+        with suppress(zmq.ZMQError):  # unbound by the last try
+            self.socket.unbind(self._endpoint)
+        try:
+            self.socket.bind(self._endpoint)
+            self._failed_binds = 0
+        except zmq.ZMQError as error:  # until ZeroMQ has closed the old one; the next tick tries
+            self._failed_binds += 1
+            if self._failed_binds == 20:
+                logger.error("kvq-zmq: cannot listen on %s again: %s", self._endpoint, error)
 
     def on_events(self) -> None:
         """Note what the monitor reports."""
@@ -165,7 +186,9 @@ class Listener:
                 self.peers[identity].reachable = False
 
     def tick(self) -> None:
-        """Forget peers without transfers that have been silent for several deadlines."""
+        """Use keys that changed; forget peers without transfers that were silent for long."""
+        if self._curve is not None and (self._curve.refresh() or self._failed_binds):
+            self._listen_again()
         self._inbound.sweep()
         if self._door is not None:
             self._door.tick()
@@ -180,5 +203,5 @@ class Listener:
             self._door.close()
         self.socket.disable_monitor()
         self.socket.close(linger=200)
-        if self._authenticator is not None:
-            self._authenticator.stop()
+        if self._curve is not None:
+            self._curve.stop()
