@@ -70,6 +70,20 @@ def messages(size: int) -> Callable[[int, float], int]:
     return attack
 
 
+def single_bytes(port: int, until: float) -> int:
+    """Many connections, each with a message without an end, a byte a packet."""
+    sockets, sent = [], 0
+    with suppress(OSError):
+        while len(sockets) < 10:
+            sockets.append(connect(port, 0.02))
+            sockets[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for sock in sockets:
+        with suppress(OSError):
+            while time.monotonic() < until:
+                sent += sock.send(b"\1")
+    return sent
+
+
 def half_open(port: int, until: float) -> int:
     """Thousands of connections that say nothing."""
     sockets = list(_many(port, 4000, until))

@@ -257,6 +257,7 @@ class DecodeThread(TransferThread):
         connection.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
         if connection.state is ConnectionState.READY:
             return
+        self._connections.release(connection)
         connection.state = ConnectionState.READY
         for part in list(connection.parts.values()):
             self._request(connection, part)

@@ -24,6 +24,8 @@ from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
+WELCOME_BYTES = 8 * 2**10
+"""What a prefill rank may send before its first welcome."""
 PROVEN_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_BLOCK_BYTES + 2**20)
 """What a prefill rank may send between two messages that are taken: those that wait and one."""
 
@@ -165,12 +167,19 @@ class Connections:
     def on_connected(self, connection: Connection, descriptor: int) -> None:
         """ZeroMQ has reached the prefill rank: limit what it may send."""
         connection.descriptor = descriptor
+        limit = WELCOME_BYTES if connection.instance is None else self._stranger_bytes
         self._inbound.add(
             descriptor,
             int(connection.endpoint.rpartition(":")[2]),
-            PROVEN_BYTES if connection.proven else self._stranger_bytes,
+            PROVEN_BYTES if connection.proven else limit,
             on_drop=lambda: self._on_flood(connection),
         )
+        self._inbound.hold(descriptor)
+
+    def release(self, connection: Connection) -> None:
+        """The handshake is over: take as much at a time as comes."""
+        limit = PROVEN_BYTES if connection.proven else self._stranger_bytes
+        self._inbound.release(connection.descriptor, limit)
 
     def took(self, connection: Connection) -> None:
         """A message was taken and handled; it may have proven the prefill rank."""

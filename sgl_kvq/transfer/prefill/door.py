@@ -8,12 +8,14 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 
-BURST = 32
+BURST = 8
 """Connections that may be accepted at once."""
 STRANGERS_A_S = 4.0
 """Connections a second that may come to nothing, in the long run."""
-FLOOD = BURST
-"""What a stranger counts that had to be dropped."""
+FLOOD = 32
+"""What a stranger counts that had to be dropped: it may have cost 0.1 s of a core."""
+MAX_DEBT = 120
+"""Half a minute: new decode ranks wait no longer for strangers that are gone."""
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K: keep 0 bytes
 
@@ -55,7 +57,7 @@ class Door:
     def _pay(self, count: int) -> None:
         now = self._now()
         self._credits += (now - self._since) * STRANGERS_A_S - count
-        self._credits, self._since = max(-FLOOD, min(self._credits, BURST)), now
+        self._credits, self._since = max(-MAX_DEBT, min(self._credits, BURST)), now
         is_open = self._credits >= (1 if self._open else BURST / 2)
         if is_open is not self._open:
             self._open = is_open

@@ -32,12 +32,12 @@ from sgl_kvq.transfer.runtime.rank import Rank
 logger = logging.getLogger(__name__)
 
 MAX_PEERS = 1024
-MAX_HALF_OPEN = 64
+MAX_HALF_OPEN = 8
 """Connections that wait in the kernel to be accepted."""
 HELLO_S = 10.0
 """A connection without a valid Hello is dropped after this time."""
-HELLO_BYTES = 16 * 2**10
-"""All that may come before it."""
+HELLO_BYTES = 4 * 2**10
+"""All that may come before it, apart from as much as our own takes."""
 PEER_BUFFER_BYTES = 64 * 2**10
 """The kernel's receive buffer for a decode rank."""
 PEER_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_MESSAGE_BYTES + 2**12)
@@ -67,6 +67,8 @@ class Listener:
         self._rank, self._environment = rank, environment
         self._codec = get_codec(rank.config.codec)
         self.peers: dict[bytes, Peer] = {}
+        hello = Hello(WIRE_VERSION, rank.instance, rank.fingerprint, [])
+        self._stranger_bytes = HELLO_BYTES + len(pack_message(hello))
         self.socket = environment.make_socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -134,7 +136,11 @@ class Listener:
                 elif self._door is not None:
                     self._door.enter()
                     self._inbound.add(
-                        event["value"], self.port, HELLO_BYTES, now + HELLO_S, self._door.flooded
+                        event["value"],
+                        self.port,
+                        self._stranger_bytes,
+                        now + HELLO_S,
+                        self._door.flooded,
                     )
 
     def took(self, identity: bytes, frame: zmq.Frame) -> None:

@@ -12,18 +12,15 @@ import zmq
 
 from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 from sgl_kvq.transfer.protocol.messages import MAX_MESSAGE_BYTES
-from sgl_kvq.transfer.runtime.inbound import InboundLimits
+from sgl_kvq.transfer.runtime.inbound import HELD_BUFFER_BYTES, InboundLimits
 from sgl_kvq.transfer.runtime.workers import WorkerPool
 
 MAX_QUEUED_MESSAGES = 4
 """Messages of a connection that wait for the transfer thread; others wait in the kernel."""
 MAX_UNSENT_MESSAGES = 8192
 """Messages for a peer that does not read; their bytes are bounded by its window."""
-STRANGER_BUFFER_BYTES = 1024
-"""The kernel's receive buffer of an accepted connection, until its peer belongs to us: that slows
-strangers down to some 10 MB/s."""
-CHECK_INTERVAL_S = 0.005
-"""Time between two looks at what peers sent."""
+CHECK_PEERS_S, CHECK_STRANGERS_S = 0.005, 0.001
+"""Time between two looks at what came in, if all of it came from peers and otherwise."""
 
 
 class Environment:
@@ -58,7 +55,7 @@ class Environment:
         socket.linger = 0
         socket.rcvhwm, socket.sndhwm = MAX_QUEUED_MESSAGES, MAX_UNSENT_MESSAGES
         if kind == zmq.ROUTER:  # which nobody sends blocks
-            socket.maxmsgsize, socket.rcvbuf = MAX_MESSAGE_BYTES, STRANGER_BUFFER_BYTES
+            socket.maxmsgsize, socket.rcvbuf = MAX_MESSAGE_BYTES, HELD_BUFFER_BYTES
         else:
             socket.maxmsgsize = MAX_BLOCK_BYTES
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
@@ -93,10 +90,9 @@ class Environment:
         """Check what came in, if something did and the last look is a while ago."""
         now, descriptor = self.now(), self.inbound.fileno()
         if self._check_due:
-            if not self.inbound.check():
-                return timeout_s
+            only_peers = self.inbound.check()
             self._poller.unregister(descriptor)
-            self._next_check = now + CHECK_INTERVAL_S
+            self._next_check = now + (CHECK_PEERS_S if only_peers else CHECK_STRANGERS_S)
         elif descriptor not in self._poller:
             if now < self._next_check:
                 return min(timeout_s, self._next_check - now)

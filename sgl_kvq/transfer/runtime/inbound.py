@@ -18,8 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _DISCARD = socket.MSG_TRUNC | socket.MSG_DONTWAIT
+_SO_BUF_LOCK = 72
 _TCP_INFO_BYTES = 136
 _BYTES_RECEIVED = struct.Struct("128xQ")  # tcpi_bytes_received of struct tcp_info
+
+HELD_BUFFER_BYTES = 1024
+"""The kernel's receive buffer while a peer has said nothing that makes sense."""
 
 
 @dataclass(eq=False)
@@ -124,6 +128,25 @@ class InboundLimits:
             known.duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
             known.duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, buffer_bytes)
         return True
+
+    def hold(self, descriptor: int) -> None:
+        """Have the kernel take little at a time, where it can be undone (Linux 5.14)."""
+        known = self._connections.get(descriptor)
+        if known is not None:
+            with suppress(OSError):
+                known.duplicate.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+                known.duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HELD_BUFFER_BYTES)
+
+    def release(self, descriptor: int, limit_bytes: int) -> None:
+        """Undo `hold`, with another limit: the kernel chooses the size of its buffer again."""
+        known = self._connections.get(descriptor)
+        if known is not None:
+            known.limit_bytes = limit_bytes
+            with suppress(OSError):
+                known.duplicate.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+                known.duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+                known.duplicate.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+                known.duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2**30)
 
     def drop(self, descriptor: int) -> None:
         """End a connection."""
