@@ -31,6 +31,7 @@ from sgl_kvq.transfer.options import TransferConfig, default_workers
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.prompt import describe_prompt
+from sgl_kvq.transfer.runtime.rank import Rank
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
@@ -86,10 +87,7 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     pool, access, marks = _make_side(spec)
     requested, done = threading.Event(), threading.Event()
     thread = PrefillThread(
-        spec.config(),
-        access,
-        marks,
-        secrets.randbits(64),
+        Rank(spec.config(), access, marks, secrets.randbits(64)),
         on_requested=lambda room, request: requested.set(),
         on_success=lambda room: done.set(),
     )
@@ -99,7 +97,10 @@ def _send_end(pipe: Any, spec: EndSpec) -> None:
     pipe.send(f"tcp://{spec.host}:{thread.port}")
     while (order := pipe.recv()) is not None:
         room, block_bytes = order
-        blocks = list(cut_pages(0, pages, [page_bytes] * NUM_LAYERS, block_bytes))
+        layers = [page_bytes] * NUM_LAYERS
+        first = 1 if room == 1 else 0  # a connection begins with small blocks
+        blocks = list(cut_pages(0, pages[:first], layers, page_bytes))
+        blocks += cut_pages(first, pages[first:], layers, block_bytes)
         last = metadata_block(bytes(2048))
         requested.clear()
         done.clear()
@@ -119,7 +120,7 @@ def _shuffled(num_pages: int) -> PageIds:
 
 def _receive_end(pipe: Any, spec: EndSpec) -> None:
     _, access, marks = _make_side(spec)
-    thread = DecodeThread(spec.config(), access, marks, secrets.randbits(64))
+    thread = DecodeThread(Rank(spec.config(), access, marks, secrets.randbits(64)))
     thread.start()
     pages = _shuffled(spec.num_pages)
     pipe.send("ready")

@@ -32,6 +32,7 @@ from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint
 from sgl_kvq.transfer.protocol.header import BlockKind
 from sgl_kvq.transfer.protocol.prompt import describe_prompt
+from sgl_kvq.transfer.runtime.rank import Rank
 from sgl_kvq.transfer.runtime.request_state import RequestState
 from tests.support.sink_rows import give_sink_rows
 
@@ -120,10 +121,12 @@ class PrefillSide:
         self.outcomes: dict[int, Outcome] = {}
         self.requested: list[int] = []
         self.thread = PrefillThread(
-            config,
-            open_pool(self.pool, self.heads),
-            fingerprint(self.pool, format_name, weights),
-            secrets.randbits(64),
+            Rank(
+                config,
+                open_pool(self.pool, self.heads),
+                fingerprint(self.pool, format_name, weights),
+                secrets.randbits(64),
+            ),
             on_requested=lambda room, request: self.requested.append(room),
             on_success=self._success,
         )
@@ -183,10 +186,12 @@ class DecodeSide:
         self.nonces: dict[int, int] = {}
         self.endpoints: dict[int, list[str]] = {}
         self.thread = DecodeThread(
-            config,
-            open_pool(self.pool, self.heads),
-            fingerprint(self.pool, format_name, weights),
-            secrets.randbits(64),
+            Rank(
+                config,
+                open_pool(self.pool, self.heads),
+                fingerprint(self.pool, format_name, weights),
+                secrets.randbits(64),
+            ),
             on_success=self._success,
         )
         self.thread.start()

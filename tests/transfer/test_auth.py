@@ -71,9 +71,9 @@ def test_nobody_gets_in_when_the_authenticator_has_stopped(tmp_path: Path) -> No
     prefill = PrefillSide(TransferConfig(keys=ours))
     stranger = DecodeSide(TransferConfig(keys=theirs))
     with stopped(prefill, stranger):
-        authenticator = prefill.thread._authenticator
-        assert authenticator is not None
-        authenticator.stop()
+        curve = prefill.thread._listener._curve
+        assert curve is not None
+        curve.authenticator.stop()
         stranger.announce(1, [prefill.endpoint])
         with pytest.raises(AssertionError):
             wait_for(lambda: bool(prefill.thread.peers), 2.0)

@@ -31,11 +31,11 @@ def make_part(made: list[Bytes]) -> tuple[OutgoingPart, SendBuffers]:
         made.append(np.empty(nbytes, dtype=np.uint8))
         return made[-1]
 
-    transfer = OutgoingTransfer(1)
+    transfer = OutgoingTransfer(1, now=0.0)
     transfer.add_blocks([metadata_block(b"")] * NUM_BLOCKS, True)
     buffers = SendBuffers(make)
     request = Request(1, 2, 0, 0, 0, 1, 1, 0, 0, [])
-    peer = Peer(b"peer", 1, Pace(TransferConfig()))
+    peer = Peer(b"peer", 1, Pace(TransferConfig(), now=0.0), last_heard=0.0)
     return OutgoingPart(transfer, peer, request, buffers), buffers
 
 
@@ -65,9 +65,10 @@ def test_what_is_counted_follows_the_states(steps: list[tuple[str, list[int]]]) 
                     assert id(buffer) not in on_the_way
                     on_the_way.add(id(buffer))
                     sent.setdefault(seq, []).append(id(buffer))
-                    part.mark_sent(seq, WIRE_BYTES, buffer)
+                    part.mark_sent(seq, WIRE_BYTES, buffer, now=0.0)
         else:
-            again = getattr(part, step)(seqs)
+            now = {"now": 0.0} if step == "acknowledge" else {}
+            again = getattr(part, step)(seqs, **now)
             assert all(before[seq] is BlockState.IN_FLIGHT for seq in again or [])
         states = {seq: part.state_of(seq) for seq in range(NUM_BLOCKS)}
         for seq, state in states.items():
@@ -95,11 +96,11 @@ def test_a_gap_in_the_acknowledgements_is_a_loss() -> None:
     part, _ = make_part([])
     for seq in (0, 1, 2, 3):
         part.transition(seq, BlockState.READING)
-        part.mark_sent(seq, WIRE_BYTES, None)
-    assert part.acknowledge([0, 2]) == [1]
+        part.mark_sent(seq, WIRE_BYTES, None, now=0.0)
+    assert part.acknowledge([0, 2], now=0.0) == [1]
     assert part.state_of(1) is BlockState.QUEUED
     assert part.state_of(3) is BlockState.IN_FLIGHT  # sent later
-    assert part.acknowledge([3]) == []
+    assert part.acknowledge([3], now=0.0) == []
     assert part.tries == {1: 1}
 
 

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.messages import ALIVE_ROOMS, alive_messages, pack_message
-from sgl_kvq.transfer.runtime.curve import make_keys
 from tests.support.proxy import Proxy
 from tests.support.transfer_pair import DecodeSide, PrefillSide, stopped, take_pages, wait_for
 
 CONFIG = TransferConfig(deadline_s=4.0, block_bytes=16384, window_bytes=65536)
 
 
-def test_a_connection_that_cannot_be_opened_again_fails_its_rooms(tmp_path: Path) -> None:
-    """The key is gone; whoever waits for pages and whoever has some is told at once."""
-    make_keys(tmp_path, ["decode"])
-    config = TransferConfig(deadline_s=6.0, keys=tmp_path)
-    prefill, decode = PrefillSide(config), DecodeSide(config)
+def test_a_connection_that_cannot_be_opened_again_fails_its_rooms() -> None:
+    """No descriptor is left; whoever waits for pages and whoever has some is told at once."""
+
+    def make_socket(kind: int) -> Any:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
     proxy = Proxy(prefill.thread.port)
     with stopped(prefill, decode):
         started = decode.announce(1, [proxy.endpoint])
         waiting = decode.announce(2, [proxy.endpoint])
         decode.wait_ready(proxy.endpoint)
         decode.start(1, take_pages(decode.pool, 300, 1))
-        (tmp_path / "decode.key_secret").unlink()
+        decode.thread.environment.make_socket = make_socket  # type: ignore[method-assign]
         proxy.cut()
         wait_for(lambda: bool(started.result and waiting.result), 2.0)
         for outcome in (started, waiting):
             assert "cannot connect again" in outcome.reason
-            assert "key" in outcome.reason
+            assert "open files" in outcome.reason
         assert not decode.thread.connections
         proxy.close()
 
@@ -67,7 +70,8 @@ def test_very_many_queued_rooms_all_end(count: int) -> None:
             for room in batch:
                 decode.start(room, nothing)
                 prefill.send(room, nothing, 0)
-            wait_for(lambda batch=batch: all(decode.outcomes[room].result for room in batch), 30.0)
+            ended = [side.outcomes[room] for side in (prefill, decode) for room in batch]
+            wait_for(lambda ended=ended: all(outcome.result for outcome in ended), 30.0)
             for room in batch:
                 decode.close(room)
                 prefill.close(room)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.transfer.decode import client
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill import pace
 from tests.support.proxy import Proxy
@@ -33,6 +34,7 @@ def test_pages_written_while_they_are_sent_are_never_accepted(
 ) -> None:
     """They are sent from where they lie; SGLang frees them, another request writes them."""
     monkeypatch.setattr(pace, "START_BYTES", 2**25)  # as after many transfers
+    monkeypatch.setattr(client, "STRANGER_BYTES", 2**25)
     config = TransferConfig(deadline_s=10.0, block_bytes=2**20)
     prefill, decode = (side(config, format_name="bf16") for side in (PrefillSide, DecodeSide))
     proxy = Proxy(prefill.thread.port)
@@ -176,7 +178,7 @@ def test_a_command_after_the_end_writes_to_no_descriptor() -> None:
     decode = DecodeSide(CONFIG)
     with stopped(decode):
         pass
-    wake = decode.thread._wake
+    wake = decode.thread.environment._wake
     other = os.eventfd(0, os.EFD_NONBLOCK)
     os.dup2(other, wake)
     try:

@@ -158,16 +158,17 @@ def test_a_bad_header_hurts_its_own_block(lab: Lab, monkeypatch: pytest.MonkeyPa
 
 def damage_fourth_block(side: DecodeSide, seen: list[int]) -> None:
     """Flip a bit of the fourth block right before the decode rank looks at it."""
-    original = side.thread._on_block
+    receiver = side.thread._receiver
+    original = receiver._claim
 
-    def on_block(connection: Any, header: BlockHeader, payload: memoryview) -> Any:
+    def claim(connection: Any, header: BlockHeader, payload: memoryview) -> Any:
         data = bytearray(payload)
         if header.seq == 3 and not seen:
             seen.append(header.seq)
             data[100] ^= 4
         return original(connection, header, memoryview(data))
 
-    side.thread._on_block = on_block  # type: ignore[method-assign]
+    receiver._claim = claim  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("after_bytes", [0, 100, 400, 30_000, 100_000])

@@ -141,7 +141,7 @@ def test_a_place_is_claimed_while_its_block_is_verified() -> None:
     metadata: list[bytes] = []
     state, prompt = RequestState(lambda reason: None), Prompt(99, 7)
     transfer = IncomingTransfer(1, 2, state, 0, np.array([3, 5]), [], prompt, metadata.append)
-    part = IncomingPart(transfer, access, 11, 1)
+    part = IncomingPart(transfer, access, 11, 1, now=0.0)
     transfer.parts.append(part)
     part.set_source(Source("tcp://127.0.0.1:1", 1, HeadRange(0, NUM_HEADS)))
     payload = bytes(range(256)) * (access.num_layers * 2 * access.pool.layout.page_bytes // 256)

@@ -22,6 +22,7 @@ from sgl_kvq.transfer.decode.client import DecodeThread
 from sgl_kvq.transfer.prefill.server import PrefillThread
 from sgl_kvq.transfer.protocol.handshake import make_fingerprint, weights_digest
 from sgl_kvq.transfer.protocol.messages import Request
+from sgl_kvq.transfer.runtime.rank import Rank
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 MAX_RANKS = 4096
@@ -73,16 +74,13 @@ class KvqManager(CommonKVManager):
             model_calibration(config, model_config).digest,
             model_identity(model_config, self.server_args),
         )
-        instance = secrets.randbits(64)
+        rank = Rank(self.config, self.access, fingerprint, secrets.randbits(64))
         if str(pool.device) == "cpu":
             # SGLang's early sending of cached pages waits for a CUDA event.
             os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
         if self.disaggregation_mode.value == "prefill":
             self.thread = PrefillThread(
-                self.config,
-                self.access,
-                fingerprint,
-                instance,
+                rank,
                 self.attn_tp_rank,
                 self._on_requested,
                 lambda room: self.update_status(room, KVPoll.Transferring),
@@ -96,10 +94,7 @@ class KvqManager(CommonKVManager):
             self.register_to_bootstrap()
         else:
             self.thread = DecodeThread(
-                self.config,
-                self.access,
-                fingerprint,
-                instance,
+                rank,
                 lambda transfer: self.update_status(transfer.room, KVPoll.Success),
                 self._on_disconnect,
             )

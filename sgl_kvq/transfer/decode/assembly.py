@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +39,9 @@ class IncomingTransfer:
         fence: `PoolAccess.fence` after the pages were allocated.
         prompt: The tokens of the request, for the prefill rank to compare.
         store_metadata: Called with SGLang's record of the first token.
+
+    Attributes:
+        started: When the transfer thread took it over, in seconds.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class IncomingTransfer:
         self.prompt, self.store_metadata = prompt, store_metadata
         self.metadata: bytes | None = None
         self.parts: list[IncomingPart] = []
-        self.started = time.monotonic()
+        self.started = 0.0
 
     @property
     def complete(self) -> bool:
@@ -112,6 +114,7 @@ class IncomingPart:
         access: The pool of this rank.
         fingerprint: Digest that every block must carry.
         peers: Decode ranks that send this prefill rank a request for the room.
+        now: Present time, in seconds.
 
     Attributes:
         source: The prefill rank and the KV heads that it sends; None before the handshake.
@@ -123,7 +126,12 @@ class IncomingPart:
     """
 
     def __init__(
-        self, transfer: IncomingTransfer, access: PoolAccess, fingerprint: int, peers: int
+        self,
+        transfer: IncomingTransfer,
+        access: PoolAccess,
+        fingerprint: int,
+        peers: int,
+        now: float,
     ) -> None:
         self.transfer, self._access, self._fingerprint = transfer, access, fingerprint
         self.peers = peers
@@ -134,7 +142,7 @@ class IncomingPart:
         self.acks: list[int] = []
         self.nacks: list[int] = []
         self.done_sent = False
-        self.last_heard = self.last_progress = self.requested = time.monotonic()
+        self.last_heard = self.last_progress = self.requested = now
         self.wire_bytes = 0
         # What is neither written nor claimed: closed pages by layer, 16-bit rows by layer.
         num_layers, num_pages = access.num_layers, len(transfer.pages)
@@ -238,7 +246,6 @@ class IncomingPart:
             self.transfer.metadata = self.transfer.metadata or bytes(block.payload)
         self.received.add(header.seq)
         self.wire_bytes += header.wire_bytes
-        self.last_progress = time.monotonic()
         return True
 
     def _check_header(self, header: BlockHeader) -> Bools:

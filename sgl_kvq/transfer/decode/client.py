@@ -3,81 +3,84 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 import zmq
 from typing_extensions import override
 from zmq.utils.monitor import recv_monitor_message
 
-from sgl_kvq.errors import ChecksumError, KvqError, TransferError, WireError
-from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.errors import KvqError, TransferError, WireError
+from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.codecs.registry import decodable
-from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart, IncomingTransfer
+from sgl_kvq.transfer.decode.assembly import IncomingPart, IncomingTransfer
 from sgl_kvq.transfer.decode.connections import Connection, Connections, ConnectionState
+from sgl_kvq.transfer.decode.receiver import BlockReceiver
 from sgl_kvq.transfer.decode.sources import Source
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.protocol.header import (
-    HEADER_BYTES,
-    MAX_BLOCKS,
-    WIRE_VERSION,
-    BlockHeader,
-    BlockKind,
-    parse_header,
-)
+from sgl_kvq.transfer.protocol.header import MAX_BLOCKS, WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import (
     Abort,
-    Ack,
     Alive,
     Done,
-    Fingerprint,
     Hello,
     Message,
-    Nack,
     OtherVersion,
     Refuse,
     Welcome,
     alive_messages,
     parse_message,
 )
+from sgl_kvq.transfer.runtime.environment import Environment
 from sgl_kvq.transfer.runtime.event_loop import BLOCK, CONTROL, TransferThread
+from sgl_kvq.transfer.runtime.rank import Rank
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
 MAX_FINISHED = 1024
 HELLO_INTERVAL_S = 2.0
+STRANGER_BYTES = 3 * 2**16
+"""What a prefill rank may send at once before its first block, apart from that: messages that wait
+and a first window."""
 
 
 class DecodeThread(TransferThread):
     """Receives blocks, verifies them and writes them to the pool.
 
     Args:
-        config: The options.
-        access: The pool of this rank.
-        fingerprint: Values that the prefill instance must have as well.
-        instance: Random number of this process, uint64.
+        rank: What this rank is.
         on_success: Called with a transfer, under its state's lock, once all of it is written.
         on_disconnect: Called with the endpoint of a connection that broke.
+        environment: Time, sockets and threads; None for the real ones.
     """
 
     def __init__(
         self,
-        config: TransferConfig,
-        access: PoolAccess,
-        fingerprint: Fingerprint,
-        instance: int,
+        rank: Rank,
         on_success: Callable[[IncomingTransfer], None] = lambda transfer: None,
         on_disconnect: Callable[[str], None] = lambda endpoint: None,
+        environment: Environment | None = None,
     ) -> None:
-        super().__init__("decode", config, access, fingerprint, instance)
-        hello = Hello(WIRE_VERSION, instance, fingerprint, decodable())
-        self._connections = Connections(self.make_socket, self.poller, config, hello)
+        super().__init__("decode", rank, environment)
+        hello = Hello(WIRE_VERSION, rank.instance, rank.fingerprint, decodable())
+        stranger_bytes = STRANGER_BYTES + PAGE_SIZE * rank.access.row_bytes(rank.access.heads)
+        self._connections = Connections(
+            self.environment, rank.config, hello, stranger_bytes, self._on_flood
+        )
         self.connections = self._connections.by_endpoint
         self._send = self._connections.send
-        self._on_success, self._report_disconnect = on_success, on_disconnect
-        self._retry_s = max(1.0, config.deadline_s / 6)
+        self._receiver = BlockReceiver(
+            rank.access,
+            self.workers,
+            self.metrics,
+            self.now,
+            self._send,
+            self.count_refused,
+            self._fail,
+            on_success,
+        )
+        self._report_disconnect = on_disconnect
+        self._retry_s = max(1.0, self.config.deadline_s / 6)
 
     # Called from the scheduler thread.
 
@@ -114,7 +117,7 @@ class DecodeThread(TransferThread):
             if room in connection.parts or room in connection.waiting:
                 state.fail(f"room {room} is taken by another request; rooms must be unique")
                 return
-            connection.waiting[room] = (nonce, state, time.monotonic())
+            connection.waiting[room] = (nonce, state, self.now())
 
     def _start(self, transfer: IncomingTransfer, endpoints: list[str], peers: int) -> None:
         connections = [self.connections.get(endpoint) for endpoint in endpoints]
@@ -122,8 +125,9 @@ class DecodeThread(TransferThread):
             if connection is None or transfer.room not in connection.waiting:
                 transfer.state.fail("the connection to the prefill instance is gone")
                 return
+        transfer.started = self.now()
         for connection in filter(None, connections):
-            part = IncomingPart(transfer, self.access, self.digest, peers)
+            part = IncomingPart(transfer, self.access, self.digest, peers, transfer.started)
             transfer.parts.append(part)
             del connection.waiting[transfer.room]
             connection.parts[transfer.room] = part
@@ -140,7 +144,7 @@ class DecodeThread(TransferThread):
         except TransferError as error:
             self._fail(part.transfer, str(error))
             return
-        part.last_progress = part.requested = time.monotonic()
+        part.last_progress = part.requested = self.now()
         self._send(connection, part.request())
 
     def _close_room(
@@ -182,11 +186,18 @@ class DecodeThread(TransferThread):
         if connection is None:
             return
         if socket is connection.monitor:
-            recv_monitor_message(socket, zmq.NOBLOCK)
-            self._on_disconnect(connection)
+            event = recv_monitor_message(socket, zmq.NOBLOCK)
+            if event["event"] == zmq.EVENT_CONNECTED:
+                self._connections.on_connected(connection, event["value"])
+            else:
+                self._on_disconnect(connection)
             return
         super().receive(socket)
-        self._answer_blocks(connection)
+        self._receiver.answer(connection)
+
+    def _on_flood(self, connection: Connection) -> None:
+        reason = f"the instance at {connection.endpoint} sent more than it was asked for"
+        self.post(lambda: self._on_refuse(connection, reason))
 
     def _on_disconnect(self, connection: Connection) -> None:
         """Have the next tick reconnect: ZeroMQ itself gives up after a damaged stream."""
@@ -198,124 +209,23 @@ class DecodeThread(TransferThread):
     @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         connection = self._connections.by_socket[socket]
-        connection.last_heard = time.monotonic()
+        connection.last_heard = self.now()
         kind = frames[0].bytes if frames else b""
-        if kind == CONTROL and len(frames) == 2:
-            self._on_message(connection, parse_message(frames[1].buffer))
-        elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
-            self._on_blocks(connection, frames[1].buffer, [frame.buffer for frame in frames[2:]])
-        else:
-            raise WireError(f"expected a message or blocks, got {len(frames)} frames")
-
-    def _on_blocks(
-        self, connection: Connection, headers: memoryview, payloads: list[memoryview]
-    ) -> None:
-        """Take the valid blocks of a message."""
-        if len(headers) != HEADER_BYTES * len(payloads):
-            raise WireError(f"{len(payloads)} blocks: got {len(headers)} bytes of headers")
-        blocks = []
-        for i, payload in enumerate(payloads):
-            try:
-                header = parse_header(headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES])
-                block = self._on_block(connection, header, payload)
-            except KvqError as error:
-                connection.damaged = connection.last_heard
-                self.count_refused(error)
-            else:
-                if block is not None:
-                    blocks.append(block)
-        connection.blocks += blocks
-        self.workers.run([block for block in blocks if not block.done])
-
-    def _on_block(
-        self, connection: Connection, header: BlockHeader, payload: memoryview
-    ) -> IncomingBlock | None:
-        part = connection.parts.get(header.room)
-        if part is None or part.transfer.nonce != header.nonce:
-            raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
-        part.last_heard = connection.last_heard
-        connection.reconnected_silent = False
         try:
-            return part.claim(header, payload)
-        except WireError as error:
-            self._fail(part.transfer, str(error))
-            raise
+            if kind == CONTROL and len(frames) == 2:
+                self._on_message(connection, parse_message(frames[1].buffer))
+            elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
+                payloads = [frame.buffer for frame in frames[2:]]
+                self._receiver.take(connection, frames[1].buffer, payloads)
+            else:
+                raise WireError(f"expected a message or blocks, got {len(frames)} frames")
+        finally:
+            self._connections.took(connection)
 
     @override
     def take_results(self) -> None:
         for connection in self.connections.values():
-            self._answer_blocks(connection)
-
-    def _answer_blocks(self, connection: Connection) -> None:
-        """Ack in order: the sender treats a gap as loss. A block that cannot be stored is fatal."""
-        while connection.blocks and connection.blocks[0].done:
-            block = connection.blocks.popleft()
-            part, header = block.part, block.header
-            try:
-                fresh = part.record(block)
-            except ChecksumError:
-                self.metrics.checksum_failures.inc()
-                part.nacks.append(header.seq)
-            except Exception as error:
-                logger.error("kvq-zmq: block of room %d", header.room, exc_info=error)
-                self._fail(part.transfer, f"block {header.seq} cannot be stored: {error}")
-            else:
-                part.acks.append(header.seq)
-                if fresh:
-                    self._count(header)
-        self._flush(connection)
-
-    def _count(self, header: BlockHeader) -> None:
-        closed = header.kind is BlockKind.PAGES
-        self.metrics.count_block(
-            header.kind,
-            header.wire_bytes,
-            header.num_pages * header.num_layers * header.num_heads if closed else 0,
-            self.access.num_layers * self.access.heads.count,
-        )
-
-    def _flush(self, connection: Connection) -> None:
-        """Send what was gathered: damaged blocks first, then whole ones."""
-        for part in list(connection.parts.values()):
-            room, nonce = part.transfer.room, part.transfer.nonce
-            if part.nacks:
-                self._send(connection, Nack(room, nonce, part.nacks))
-                part.nacks = []
-            if part.acks:
-                self._send(connection, Ack(room, nonce, part.acks))
-                part.acks = []
-            if part.complete and not part.done_sent:
-                self._finish(connection, part)
-
-    def _finish(self, connection: Connection, part: IncomingPart) -> None:
-        transfer = part.transfer
-        part.done_sent = True
-        self._send(connection, Done(transfer.room, transfer.nonce))
-        if not transfer.complete:
-            return
-        try:
-            finished = transfer.state.finish(lambda: self._commit(transfer))
-        except TransferError as error:
-            self._fail(transfer, str(error))
-            return
-        if finished:
-            self.metrics.finished("success")
-            seconds = time.monotonic() - transfer.started
-            self.metrics.observe("transferring", seconds)
-            logger.debug(
-                "kvq-zmq: room %d received: %d blocks, %d bytes, %d pages (%d were here), %.3f s",
-                transfer.room,
-                sum(len(part.received) for part in transfer.parts),
-                sum(part.wire_bytes for part in transfer.parts),
-                len(transfer.pages),
-                transfer.prefix_pages,
-                seconds,
-            )
-
-    def _commit(self, transfer: IncomingTransfer) -> None:
-        assert transfer.metadata is not None
-        transfer.store_metadata(transfer.metadata)
-        self._on_success(transfer)
+            self._receiver.answer(connection)
 
     def _on_message(self, connection: Connection, message: Message | OtherVersion) -> None:
         if isinstance(message, OtherVersion):
@@ -347,6 +257,7 @@ class DecodeThread(TransferThread):
         connection.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
         if connection.state is ConnectionState.READY:
             return
+        self._connections.release(connection)
         connection.state = ConnectionState.READY
         for part in list(connection.parts.values()):
             self._request(connection, part)
@@ -364,7 +275,7 @@ class DecodeThread(TransferThread):
 
     def _on_alive(self, connection: Connection, part: IncomingPart) -> None:
         """The prefill rank works on the part, though a damaged header may have hidden a block."""
-        now = time.monotonic()
+        now = self.now()
         part.last_heard = now
         if part.done_sent:
             self._send(connection, Done(part.transfer.room, part.transfer.nonce))
@@ -374,7 +285,8 @@ class DecodeThread(TransferThread):
     @override
     def tick(self) -> None:
         """Expire idle transfers; reconnect or close unhealthy connections."""
-        now = time.monotonic()
+        self.environment.inbound.sweep()
+        now = self.now()
         deadline_s = self.config.deadline_s
         for connection in list(self.connections.values()):
             self._expire(connection, now)
@@ -400,6 +312,8 @@ class DecodeThread(TransferThread):
     @override
     def send_alive(self) -> None:
         for connection in self.connections.values():
+            if connection.state is not ConnectionState.READY:
+                continue
             rooms = [[room, nonce] for room, (nonce, _, _) in connection.waiting.items()]
             rooms += [[room, part.transfer.nonce] for room, part in connection.parts.items()]
             for message in alive_messages(rooms):

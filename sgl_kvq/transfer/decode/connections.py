@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,12 +15,19 @@ from sgl_kvq.errors import TransferError
 from sgl_kvq.memory_pool.page_io.span import HeadRange
 from sgl_kvq.transfer.decode.assembly import IncomingBlock, IncomingPart
 from sgl_kvq.transfer.options import TransferConfig, is_loopback
+from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES
 from sgl_kvq.transfer.protocol.messages import Hello, Message, pack_message
-from sgl_kvq.transfer.runtime.curve import secure_client
+from sgl_kvq.transfer.runtime.curve import KeyFolder, load_client_keys, secure_client
+from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
+
+WELCOME_BYTES = 8 * 2**10
+"""What a prefill rank may send before its first welcome."""
+PROVEN_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_BLOCK_BYTES + 2**20)
+"""What a prefill rank may send between two messages that are taken: those that wait and one."""
 
 
 class ConnectionState(Enum):
@@ -42,6 +47,8 @@ class Connection:
         identity: Routing id; kept over reconnects, so that the prefill rank knows its peer.
         socket: DEALER socket.
         monitor: Socket that reports when the connection breaks.
+        opened: When it was opened, in seconds.
+        last_heard: Time of the last message, in seconds.
         reason: Why the handshake was refused.
         instance: Random number of the prefill process; None before the handshake.
         heads: KV heads that the prefill rank holds.
@@ -53,12 +60,16 @@ class Connection:
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
         finished: Nonce of rooms that ended with success, in case the last message is lost.
+        descriptor: ZeroMQ's, once it is connected.
+        proven: Whether a block came for one of its rooms, with the right fingerprint.
     """
 
     endpoint: str
     identity: bytes
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
+    opened: float
+    last_heard: float
     state: ConnectionState = ConnectionState.CONNECTING
     reason: str = ""
     instance: int | None = None
@@ -67,12 +78,12 @@ class Connection:
     broken: bool = False
     damaged: float = 0.0
     reconnected_silent: bool = False
-    opened: float = field(default_factory=time.monotonic)
-    last_heard: float = field(default_factory=time.monotonic)
     waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
+    descriptor: int = -1
+    proven: bool = False
 
     @property
     def patience(self) -> float:
@@ -90,23 +101,27 @@ class Connections:
     """Connections by endpoint and by socket.
 
     Args:
-        make_socket: `TransferThread.make_socket`.
-        poller: Poller of the transfer thread.
+        environment: That of the transfer thread.
         config: Keys.
         hello: First message on a connection.
+        stranger_bytes: What a prefill rank that is not proven may send between two messages.
+        on_flood: Called with a connection that was dropped because of what it sent.
     """
 
     def __init__(
         self,
-        make_socket: Callable[[int], zmq.Socket[bytes]],
-        poller: zmq.Poller,
+        environment: Environment,
         config: TransferConfig,
         hello: Hello,
+        stranger_bytes: int,
+        on_flood: Callable[[Connection], None],
     ) -> None:
         self.by_endpoint: dict[str, Connection] = {}
         self.by_socket: dict[zmq.Socket[bytes], Connection] = {}
-        self._make_socket, self._poller, self._keys = make_socket, poller, config.keys
-        self._hello = hello
+        self._environment, self._hello = environment, hello
+        self._keys = KeyFolder(config.keys, load_client_keys) if config.keys else None
+        self._inbound, self._stranger_bytes = environment.inbound, stranger_bytes
+        self._on_flood = on_flood
 
     def get_or_connect(self, endpoint: str) -> Connection:
         """The connection to a prefill rank.
@@ -117,7 +132,7 @@ class Connections:
             zmq.ZMQError: not an address.
         """
         known = self.by_endpoint.get(endpoint)
-        return known or self._add(self._open(endpoint, b"kvq" + os.urandom(16)))
+        return known or self._add(self._open(endpoint, b"kvq" + self._environment.random_bytes(16)))
 
     def _open(self, endpoint: str, identity: bytes) -> Connection:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -126,34 +141,58 @@ class Connections:
                 "expected --kv-quant-transfer-keys for an address beyond loopback; make keys with: "
                 "python -m sgl_kvq keys FOLDER"
             )
-        socket = self._make_socket(zmq.DEALER)
+        socket = self._environment.make_socket(zmq.DEALER)
         monitor = None
         try:
             socket.setsockopt(zmq.ROUTING_ID, identity)
             socket.ipv6 = ":" in host
             if self._keys is not None:
-                secure_client(socket, self._keys)
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                secure_client(socket, self._keys.keys())
+            monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
             socket.connect(endpoint)
         except Exception:
             _close_sockets(socket, monitor)
             raise
-        return Connection(endpoint, identity, socket, monitor)
+        now = self._environment.now()
+        return Connection(endpoint, identity, socket, monitor, now, now)
 
     def _add(self, connection: Connection) -> Connection:
         self.by_endpoint[connection.endpoint] = connection
         for readable in (connection.socket, connection.monitor):
             self.by_socket[readable] = connection
-            self._poller.register(readable, zmq.POLLIN)
+            self._environment.watch(readable)
         self.send_hello(connection)
         return connection
+
+    def on_connected(self, connection: Connection, descriptor: int) -> None:
+        """ZeroMQ has reached the prefill rank: limit what it may send."""
+        connection.descriptor = descriptor
+        limit = WELCOME_BYTES if connection.instance is None else self._stranger_bytes
+        self._inbound.add(
+            descriptor,
+            int(connection.endpoint.rpartition(":")[2]),
+            PROVEN_BYTES if connection.proven else limit,
+            on_drop=lambda: self._on_flood(connection),
+        )
+        self._inbound.hold(descriptor)
+
+    def release(self, connection: Connection) -> None:
+        """The handshake is over: take as much at a time as comes."""
+        limit = PROVEN_BYTES if connection.proven else self._stranger_bytes
+        self._inbound.release(connection.descriptor, limit)
+
+    def took(self, connection: Connection) -> None:
+        """A message was taken and handled; it may have proven the prefill rank."""
+        if not (connection.proven and self._inbound.prove(connection.descriptor, PROVEN_BYTES)):
+            self._inbound.took(connection.descriptor)
 
     def close(self, connection: Connection) -> None:
         """End a connection."""
         del self.by_endpoint[connection.endpoint]
         for readable in (connection.socket, connection.monitor):
             del self.by_socket[readable]
-            self._poller.unregister(readable)
+            self._environment.unwatch(readable)
+        self._inbound.forget(connection.descriptor)
         _close_sockets(connection.socket, connection.monitor)
 
     def reconnect(self, connection: Connection) -> None:
@@ -170,11 +209,12 @@ class Connections:
         fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
         fresh.finished, fresh.blocks = connection.finished, connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
+        fresh.proven = connection.proven
         self._add(fresh)
 
     def send_hello(self, connection: Connection) -> None:
         """Begin the handshake."""
-        connection.hello_sent = time.monotonic()
+        connection.hello_sent = self._environment.now()
         self.send(connection, self._hello)
 
     def send(self, connection: Connection, message: Message) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from sgl_kvq.transfer.options import TransferConfig
 
 START_BYTES = 64 * 2**10
@@ -22,13 +20,14 @@ class Pace:
 
     Args:
         config: Largest window, largest block and deadline.
+        now: Present time, in seconds.
     """
 
-    def __init__(self, config: TransferConfig) -> None:
+    def __init__(self, config: TransferConfig, now: float) -> None:
         self._largest, self._block_bytes = config.window_bytes, config.block_bytes
         self._delay_s = config.deadline_s / DELAYS_A_DEADLINE
         self.window_bytes = min(START_BYTES, self._largest)
-        self._began = time.monotonic()
+        self._began = now
         self._acked_bytes = 0
 
     @property
@@ -41,14 +40,14 @@ class Pace:
         """Size up to which blocks share a message."""
         return max(1, self.window_bytes // PIECES_A_WINDOW)
 
-    def on_ack(self, wire_bytes: int, sent_at: float) -> None:
+    def on_ack(self, wire_bytes: int, sent_at: float, now: float) -> None:
         """Adapt to an acknowledged block.
 
         Args:
             wire_bytes: Its payload.
             sent_at: When it was sent, in seconds.
+            now: Present time, in seconds.
         """
-        now = time.monotonic()
         self._acked_bytes += wire_bytes
         if now - sent_at <= self._delay_s:
             self.window_bytes = min(self.window_bytes + wire_bytes, self._largest)

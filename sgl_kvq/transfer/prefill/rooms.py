@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -72,10 +71,10 @@ class Peer:
     Args:
         identity: Routing id of its connection.
         instance: Random number of its process.
-        reachable: Whether ZeroMQ still has a connection to it.
         pace: How many bytes may be in flight.
-        bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
         last_heard: Time of its last message, in seconds.
+        reachable: Whether ZeroMQ still has a connection to it.
+        bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
         parts: Parts that are not over.
         round_robin: Parts with blocks to send, the next one first.
         messages: Messages whose blocks are being read, in order of sending.
@@ -84,9 +83,9 @@ class Peer:
     identity: bytes
     instance: int
     pace: Pace
+    last_heard: float
     reachable: bool = True
     bytes_in_flight: int = 0
-    last_heard: float = field(default_factory=time.monotonic)
     parts: set[OutgoingPart] = field(default_factory=set)
     round_robin: OrderedDict[OutgoingPart, None] = field(default_factory=OrderedDict)
     messages: deque[list[OutgoingBlock]] = field(default_factory=deque)
@@ -175,12 +174,12 @@ class OutgoingPart:
                 return seq
         return None
 
-    def mark_sent(self, seq: int, wire_bytes: int, buffer: Bytes | None) -> None:
+    def mark_sent(self, seq: int, wire_bytes: int, buffer: Bytes | None, now: float) -> None:
         """Note that a block left, and the buffer that it lies in."""
-        sent = InFlightBlock(next(self._next_seqno), time.monotonic(), wire_bytes, buffer)
+        sent = InFlightBlock(next(self._next_seqno), now, wire_bytes, buffer)
         self.transition(seq, _IN_FLIGHT, sent)
 
-    def acknowledge(self, seqs: list[int]) -> list[int]:
+    def acknowledge(self, seqs: list[int], now: float) -> list[int]:
         """Note acknowledged blocks.
 
         A connection keeps the order, so a block that was sent before an acknowledged one and is
@@ -188,6 +187,7 @@ class OutgoingPart:
 
         Args:
             seqs: Blocks that the peer has; unknown ones are ignored.
+            now: Present time, in seconds.
 
         Returns:
             Blocks that were lost and are queued again.
@@ -198,7 +198,7 @@ class OutgoingPart:
             if seq in in_flight:
                 block = in_flight[seq]
                 self.transfer.bytes_landed += block.wire_bytes
-                self.peer.pace.on_ack(block.wire_bytes, block.sent_at)
+                self.peer.pace.on_ack(block.wire_bytes, block.sent_at, now)
                 self.transition(seq, _ACKED)
         lost = itertools.takewhile(lambda seq: in_flight[seq].seqno < newest, in_flight)
         return self.retransmit(list(lost))
@@ -234,6 +234,7 @@ class OutgoingTransfer:
 
     Args:
         room: SGLang's `bootstrap_room`.
+        now: Present time, in seconds.
 
     Attributes:
         state: Whether the request is over; None until it arrives from SGLang.
@@ -248,7 +249,7 @@ class OutgoingTransfer:
         early_bytes: `bytes_landed` before the last chunk of the prefill.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, now: float) -> None:
         self.room = room
         self.state: RequestState | None = None
         self.prompt: Prompt | None = None
@@ -257,7 +258,7 @@ class OutgoingTransfer:
         self.num_pages: int | None = None
         self.parts: dict[bytes, OutgoingPart] = {}
         self.request: Request | None = None
-        self.opened = self.last_heard = time.monotonic()
+        self.opened = self.last_heard = now
         self.bytes_sent = self.bytes_landed = self.early_bytes = 0
 
     @property

@@ -127,6 +127,7 @@ class BlockSender:
         context: What blocks are read with.
         workers: Threads that read and hash.
         metrics: Where to count.
+        now: Clock, in seconds.
         on_sending: Called with the room when its first block leaves.
         fail: Ends a transfer with a reason.
     """
@@ -137,13 +138,15 @@ class BlockSender:
         context: ReadContext,
         workers: WorkerPool,
         metrics: TransferMetrics,
+        now: Callable[[], float],
         on_sending: Callable[[int], None],
         fail: Callable[[OutgoingTransfer, str], None],
     ) -> None:
         self._socket = socket
         self._context, self._workers = context, workers
         self._parts_of_a_page = context.access.num_layers * context.access.heads.count
-        self._metrics, self._on_sending, self._fail = metrics, on_sending, fail
+        self._metrics, self._now = metrics, now
+        self._on_sending, self._fail = on_sending, fail
 
     def send_some(self, peers: Iterable[Peer]) -> bool:
         """Send a few messages to each peer; True if one has more that fits its window."""
@@ -225,14 +228,15 @@ class BlockSender:
                 block.part.transition(block.seq, BlockState.QUEUED)
             logger.debug("kvq-zmq: peer %s unreachable: %s", peer.identity.hex(), error)
             return False
+        now = self._now()
         for block in message:
-            self._count_sent(block)
+            self._count_sent(block, now)
         return True
 
-    def _count_sent(self, block: OutgoingBlock) -> None:
+    def _count_sent(self, block: OutgoingBlock, now: float) -> None:
         part, span, wire_bytes = block.part, block.block.span, len(block.payload)
         transfer = part.transfer
-        part.mark_sent(block.seq, wire_bytes, block.buffer)
+        part.mark_sent(block.seq, wire_bytes, block.buffer, now)
         if transfer.bytes_sent == 0:
             block.request_state.advance(lambda: self._on_sending(transfer.room))
         transfer.bytes_sent += wire_bytes

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import zmq
 from typing_extensions import override
-from zmq.auth.thread import ThreadAuthenticator
 
-from sgl_kvq.errors import ConfigError, TransferError, WireError
-from sgl_kvq.memory_pool.page_io.base import PoolAccess
+from sgl_kvq.errors import TransferError, WireError
 from sgl_kvq.transfer.blocks import Block
 from sgl_kvq.transfer.codecs.registry import get_codec
-from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
-from sgl_kvq.transfer.prefill.pace import Pace
+from sgl_kvq.transfer.prefill.listener import Listener
 from sgl_kvq.transfer.prefill.rooms import (
     MAX_ROOMS_PER_PEER,
     MAX_TRIES,
@@ -26,33 +22,28 @@ from sgl_kvq.transfer.prefill.rooms import (
     Peer,
 )
 from sgl_kvq.transfer.prefill.sender import BlockSender, ReadContext
-from sgl_kvq.transfer.protocol.handshake import check_codec, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import (
     Abort,
     Ack,
     Alive,
     Done,
-    Fingerprint,
     Hello,
     Message,
     Nack,
     OtherVersion,
-    Refuse,
     Request,
-    Welcome,
     alive_messages,
-    pack_message,
     parse_message,
 )
 from sgl_kvq.transfer.protocol.prompt import Prompt
-from sgl_kvq.transfer.runtime.curve import secure_server
+from sgl_kvq.transfer.runtime.environment import Environment
 from sgl_kvq.transfer.runtime.event_loop import CONTROL, TransferThread
+from sgl_kvq.transfer.runtime.rank import Rank
 from sgl_kvq.transfer.runtime.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
-MAX_PEERS = 1024
 MAX_REFUSED = 1024
 
 
@@ -60,14 +51,12 @@ class PrefillThread(TransferThread):
     """Sends blocks to every decode rank that requests them, each within its own window.
 
     Args:
-        config: The options.
-        access: The pool of this rank.
-        fingerprint: Values that a decode instance must have as well.
-        instance: Random number of this process, uint64.
+        rank: What this rank is.
         tp_rank: Added to a fixed port.
         on_requested: Called with (room, first request) once every decode rank sent its request.
         on_sending: Called with the room when its first block leaves.
         on_success: Called with the room when every peer has everything.
+        environment: Time, sockets and threads; None for the real ones.
 
     Raises:
         ConfigError: the address is taken or not ours, or a key file is missing.
@@ -75,59 +64,31 @@ class PrefillThread(TransferThread):
 
     def __init__(
         self,
-        config: TransferConfig,
-        access: PoolAccess,
-        fingerprint: Fingerprint,
-        instance: int,
+        rank: Rank,
         tp_rank: int = 0,
         on_requested: Callable[[int, Request], None] = lambda room, request: None,
         on_sending: Callable[[int], None] = lambda room: None,
         on_success: Callable[[int], None] = lambda room: None,
+        environment: Environment | None = None,
     ) -> None:
-        super().__init__("prefill", config, access, fingerprint, instance)
-        self.peers: dict[bytes, Peer] = {}
+        super().__init__("prefill", rank, environment)
         self.rooms: dict[int, OutgoingTransfer] = {}
         self._refused: dict[int, tuple[str, float]] = {}
         self._on_requested, self._on_success = on_requested, on_success
-        self.socket = self.make_socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._buffers = SendBuffers(access.new_buffer)
-        self._codec = get_codec(config.codec)
+        self._listener = Listener(rank, self.environment, tp_rank)
+        self.port, self.peers = self._listener.port, self._listener.peers
+        self._tell = self._listener.tell
+        self._buffers = SendBuffers(rank.access.new_buffer)
+        codec = get_codec(rank.config.codec)
         self._sender = BlockSender(
-            self.socket,
-            ReadContext(access, self._codec, self._buffers, self.digest),
+            self._listener.socket,
+            ReadContext(rank.access, codec, self._buffers, self.digest),
             self.workers,
             self.metrics,
+            self.now,
             on_sending,
             self._fail,
         )
-        self.socket.ipv6 = ":" in config.host
-        self._authenticator = self._secure(config.keys) if config.keys else None
-        self.port = self._bind(tp_rank)
-        self.poller.register(self.socket, zmq.POLLIN)
-
-    def _secure(self, keys: Path) -> ThreadAuthenticator:
-        try:
-            return secure_server(self.socket, keys)
-        except ConfigError:
-            self.context.destroy(linger=0)  # Python would wait for the open socket at exit
-            raise
-
-    def _bind(self, tp_rank: int) -> int:
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        port = self.config.port + tp_rank if self.config.port else 0
-        try:
-            if port:
-                self.socket.bind(f"tcp://{host}:{port}")
-                return port
-            return int(self.socket.bind_to_random_port(f"tcp://{host}"))
-        except zmq.ZMQError as error:
-            self.close()
-            self.context.destroy(linger=0)
-            raise ConfigError(
-                f"--kv-quant-transfer-host {host}: cannot listen on port {port or 'any'} ({error})"
-            ) from error
 
     # Called from the scheduler thread.
 
@@ -160,17 +121,17 @@ class PrefillThread(TransferThread):
     # Everything below runs in this thread.
 
     def _open(self, room: int, state: RequestState, prompt: Prompt) -> None:
-        transfer = self.rooms.setdefault(room, OutgoingTransfer(room))
+        transfer = self.rooms.setdefault(room, OutgoingTransfer(room, self.now()))
         if transfer.state is not None and transfer.state is not state:
             state.fail(f"room {room} is taken by another request; rooms must be unique")
             return
         transfer.state, transfer.prompt = state, prompt
         self._refused.pop(room, None)
-        transfer.opened = transfer.last_heard = time.monotonic()
+        transfer.opened = transfer.last_heard = self.now()
         self._check_requested(transfer)
 
     def _refuse(self, room: int, reason: str) -> None:
-        self._refused[room] = (reason, time.monotonic())
+        self._refused[room] = (reason, self.now())
         while len(self._refused) > MAX_REFUSED:
             del self._refused[next(iter(self._refused))]
 
@@ -213,11 +174,21 @@ class PrefillThread(TransferThread):
         self._drop(transfer, reason)
 
     @override
+    def receive(self, socket: zmq.Socket[bytes]) -> None:
+        if socket is self._listener.monitor:
+            self._listener.on_events()
+        else:
+            super().receive(socket)
+
+    @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         identity, *rest = frames
-        if len(rest) != 2 or rest[0].bytes != CONTROL:
-            raise WireError(f"expected a control message, got {len(rest)} frames")
-        self._on_message(identity.bytes, parse_message(rest[1].buffer))
+        try:
+            if len(rest) != 2 or rest[0].bytes != CONTROL:
+                raise WireError(f"expected a control message, got {len(rest)} frames")
+            self._on_message(identity.bytes, parse_message(rest[1].buffer))
+        finally:
+            self._listener.took(identity.bytes, frames[-1])
 
     def _on_message(self, identity: bytes, message: Message | OtherVersion) -> None:
         if isinstance(message, OtherVersion):
@@ -225,16 +196,16 @@ class PrefillThread(TransferThread):
                 f"wire version: prefill {WIRE_VERSION}, decode {message.wire_version}; install the "
                 f"same sgl_kvq on both instances"
             )
-            self._send(identity, Refuse(reason))
+            self._listener.refuse(identity, reason)
             return
         if isinstance(message, Hello):
-            self._on_hello(identity, message)
+            self._listener.on_hello(identity, message)
             return
         peer = self.peers.get(identity)
         if peer is None:
             raise TransferError(f"{type(message).__name__} before Hello")
         peer.reachable = True
-        peer.last_heard = time.monotonic()
+        peer.last_heard = self.now()
         if isinstance(message, Request):
             self._on_request(peer, message)
         elif isinstance(message, Alive):
@@ -244,32 +215,14 @@ class PrefillThread(TransferThread):
             part = transfer.parts.get(identity) if transfer else None
             if transfer is None or part is None or part.nonce != message.nonce:
                 return  # another transfer of the room, or one that is over
-            transfer.last_heard = time.monotonic()
+            transfer.last_heard = self.now()
             self._on_progress(transfer, part, message)
-
-    def _on_hello(self, identity: bytes, hello: Hello) -> None:
-        try:
-            check_fingerprint(self.fingerprint, hello.fingerprint)
-            check_codec(self._codec.name, self._codec.package, hello.codecs)
-            if identity not in self.peers and len(self.peers) >= MAX_PEERS:
-                raise TransferError(f"{MAX_PEERS} decode ranks are connected already")
-        except TransferError as error:
-            self._send(identity, Refuse(str(error)[:4000]))
-            return
-        known = self.peers.get(identity)
-        if known is None or known.instance != hello.instance:
-            self.peers[identity] = Peer(identity, hello.instance, Pace(self.config))
-        else:
-            known.reachable = True
-            known.last_heard = time.monotonic()
-        heads = self.access.heads
-        self._send(identity, Welcome(WIRE_VERSION, self.instance, heads.first, heads.count))
 
     def _on_request(self, peer: Peer, request: Request) -> None:
         transfer = self.rooms.get(request.room)
         part = transfer.parts.get(peer.identity) if transfer else None
         if transfer is not None and part is not None and part.nonce == request.nonce:
-            transfer.last_heard = time.monotonic()
+            transfer.last_heard = self.now()
             part.resume(request.have)
             return
         reason = self._refusal(peer, transfer, part, request)
@@ -277,10 +230,10 @@ class PrefillThread(TransferThread):
             self._tell(peer, Abort(request.room, request.nonce, reason))
             return
         if transfer is None:
-            transfer = self.rooms[request.room] = OutgoingTransfer(request.room)
-        transfer.request = transfer.request or request
+            transfer = self.rooms[request.room] = OutgoingTransfer(request.room, self.now())
+        transfer.request = transfer.request or replace(request, have=[])
         transfer.parts[peer.identity] = OutgoingPart(transfer, peer, request, self._buffers)
-        transfer.last_heard = time.monotonic()
+        transfer.last_heard = self.now()
         self._check_requested(transfer)
 
     def _refusal(
@@ -315,7 +268,7 @@ class PrefillThread(TransferThread):
             return
         state, request = transfer.state, transfer.request
         if state is not None and request is not None and transfer.all_requested:
-            self.metrics.observe("bootstrapping", time.monotonic() - transfer.opened)
+            self.metrics.observe("bootstrapping", self.now() - transfer.opened)
             state.advance(lambda: self._on_requested(transfer.room, request))
 
     def _on_alive(self, peer: Peer, alive: Alive) -> None:
@@ -325,7 +278,7 @@ class PrefillThread(TransferThread):
                 continue
             part = transfer.parts.get(peer.identity)
             if transfer.request is None or (part is not None and part.nonce == nonce):
-                transfer.last_heard = time.monotonic()
+                transfer.last_heard = self.now()
 
     def _on_progress(
         self, transfer: OutgoingTransfer, part: OutgoingPart, message: Ack | Nack | Done | Abort
@@ -336,7 +289,7 @@ class PrefillThread(TransferThread):
             self.metrics.checksum_failures.inc(len(message.seqs))
             self._count_retries(transfer, part, part.retransmit(message.seqs))
         elif isinstance(message, Ack):
-            self._count_retries(transfer, part, part.acknowledge(message.seqs))
+            self._count_retries(transfer, part, part.acknowledge(message.seqs, self.now()))
         elif transfer.complete:
             part.done = True
             part.drop()
@@ -347,7 +300,7 @@ class PrefillThread(TransferThread):
 
     def _report(self, transfer: OutgoingTransfer) -> None:
         self.metrics.finished("success")
-        seconds = time.monotonic() - transfer.opened
+        seconds = self.now() - transfer.opened
         self.metrics.observe("transferring", seconds)
         self.metrics.early_bytes.inc(transfer.early_bytes)
         logger.debug(
@@ -378,21 +331,10 @@ class PrefillThread(TransferThread):
         for peer in self.peers.values():
             self._sender.send_read(peer)
 
-    def _tell(self, peer: Peer, message: Message) -> None:
-        if peer.reachable:
-            self._send(peer.identity, message)
-
-    def _send(self, identity: bytes, message: Message) -> None:
-        try:
-            self.socket.send_multipart([identity, CONTROL, pack_message(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            if identity in self.peers:
-                self.peers[identity].reachable = False
-
     @override
     def tick(self) -> None:
         """Expire transfers without a message for the deadline; forget idle peers."""
-        now = time.monotonic()
+        now = self.now()
         deadline_s = self.config.deadline_s
         for transfer in list(self.rooms.values()):
             if now - transfer.last_heard > deadline_s:
@@ -400,9 +342,7 @@ class PrefillThread(TransferThread):
         for room, (_, since) in list(self._refused.items()):
             if now - since > deadline_s:
                 del self._refused[room]
-        for peer in list(self.peers.values()):
-            if not peer.parts and now - peer.last_heard > 4 * deadline_s:
-                del self.peers[peer.identity]
+        self._listener.tick()
 
     def _silence(self, transfer: OutgoingTransfer) -> str:
         seconds = f"{self.config.deadline_s:g} s"
@@ -430,6 +370,4 @@ class PrefillThread(TransferThread):
         """Fail every transfer and stop listening."""
         for transfer in list(self.rooms.values()):
             self._fail(transfer, "the prefill instance is shutting down")
-        self.socket.close(linger=200)
-        if self._authenticator is not None:
-            self._authenticator.stop()
+        self._listener.close()

@@ -11,10 +11,10 @@ import msgpack  # type: ignore[import-untyped]
 from sgl_kvq.errors import WireError
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 
-MAX_MESSAGE_BYTES = 256 * 2**10
+MAX_MESSAGE_BYTES = 96 * 2**10
 MAX_LIST = 16384
 MAX_TEXT = 4096
-ALIVE_ROOMS = 4096
+ALIVE_ROOMS = 1024
 """Pairs in one Alive: 20 bytes each at most."""
 
 Check = Callable[[Any], bool]

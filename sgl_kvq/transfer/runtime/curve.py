@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from sgl_kvq.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PREFILL_KEY = "prefill"
 _PUBLIC, _SECRET = ".key", ".key_secret"
@@ -77,41 +83,45 @@ def _load_secret(folder: Path, name: str) -> tuple[bytes, bytes]:
     return public, secret
 
 
-def secure_server(socket: zmq.Socket[bytes], folder: Path) -> ThreadAuthenticator:
-    """Let only holders of a key in the folder connect; call before the socket binds.
+class ServerKeys(NamedTuple):
+    """Keys of a prefill instance, and the public keys of the decode instances it lets in."""
 
-    Args:
-        socket: ROUTER socket of the prefill instance.
-        folder: Holds prefill.key_secret and the public key of every decode instance.
+    public: bytes
+    secret: bytes
+    clients: frozenset[bytes]
 
-    Returns:
-        The running authenticator; stop it after the socket is closed.
+
+class ClientKeys(NamedTuple):
+    """Keys of a decode instance, and the prefill instance's public key."""
+
+    public: bytes
+    secret: bytes
+    server: bytes
+
+
+Keys = TypeVar("Keys", ServerKeys, ClientKeys)
+
+
+def load_server_keys(folder: Path) -> ServerKeys:
+    """Read prefill.key_secret and all public keys of a folder.
 
     Raises:
-        ConfigError: a key file is missing, or a secret one is not its owner's alone.
+        ConfigError: a key file is missing or damaged, or the secret one is not its owner's alone.
     """
     public, secret = _load_secret(folder, PREFILL_KEY)
-    authenticator = ThreadAuthenticator(socket.context)
-    authenticator.start()
-    authenticator.configure_curve(domain=_DOMAIN, location=str(folder))
-    socket.curve_publickey, socket.curve_secretkey = public, secret
-    socket.curve_server = True
-    # Without a domain that is enforced, ZeroMQ lets everybody in when no authenticator runs.
-    socket.zap_domain = _DOMAIN.encode()
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    return authenticator
+    try:
+        clients = frozenset(zmq.auth.load_certificates(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--kv-quant-transfer-keys {folder}: {error}") from None
+    return ServerKeys(public, secret, clients)
 
 
-def secure_client(socket: zmq.Socket[bytes], folder: Path) -> None:
-    """Connect with this decode instance's key, to the holder of the prefill key only.
-
-    Args:
-        socket: DEALER socket of the decode instance, not connected yet.
-        folder: Holds prefill.key and one secret key besides prefill's.
+def load_client_keys(folder: Path) -> ClientKeys:
+    """Read prefill.key and the one secret key besides prefill's.
 
     Raises:
-        ConfigError: a key file is missing or not its owner's alone, or there are several secret
-            keys to choose from.
+        ConfigError: a key file is missing or damaged, the secret one is not its owner's alone, or
+            there are several secret keys to choose from.
     """
     names = sorted(
         path.name.removesuffix(_SECRET)
@@ -123,5 +133,103 @@ def secure_client(socket: zmq.Socket[bytes], folder: Path) -> None:
             f"--kv-quant-transfer-keys {folder}: expected one secret key of a decode instance, got "
             f"{', '.join(names) or 'none'}"
         )
-    socket.curve_publickey, socket.curve_secretkey = _load_secret(folder, names[0])
-    socket.curve_serverkey, _ = _load(folder, PREFILL_KEY, _PUBLIC)
+    return ClientKeys(*_load_secret(folder, names[0]), _load(folder, PREFILL_KEY, _PUBLIC)[0])
+
+
+class KeyFolder(Generic[Keys]):
+    """Keys of a folder, read again when its files change.
+
+    Args:
+        folder: `--kv-quant-transfer-keys`.
+        load: Reads them.
+    """
+
+    def __init__(self, folder: Path, load: Callable[[Path], Keys]) -> None:
+        self._folder = folder
+        self._read: Callable[[Path], Keys] = load
+        self._files: _Files | None = None
+        self._keys: Keys | None = None
+
+    def keys(self) -> Keys:
+        """Present keys; those from before while the files cannot be used, which is logged once.
+
+        Raises:
+            ConfigError: they cannot be used, and there are none from before.
+        """
+        files = _files_of(self._folder)
+        if self._keys is None or files != self._files:
+            try:
+                self._keys = self._read(self._folder)
+            except ConfigError as error:
+                if self._keys is None:
+                    raise
+                logger.error("kvq-zmq: the keys from before stay in use: %s", error)
+            self._files = files
+        return self._keys
+
+
+_Files = frozenset[tuple[str, int, int, int]]
+
+
+def _files_of(folder: Path) -> _Files:
+    """Name, inode, time of the last change (of content or mode) and size of each file."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        stats = [(entry.name, entry.stat()) for entry in entries]
+        return frozenset((name, s.st_ino, s.st_ctime_ns, s.st_size) for name, s in stats)
+    return frozenset()
+
+
+class CurveServer:
+    """Lets only holders of a key in a folder connect, and follows changes of the folder.
+
+    Args:
+        socket: ROUTER socket of the prefill instance, not bound yet.
+        folder: Holds prefill.key_secret and the public key of every decode instance.
+
+    Raises:
+        ConfigError: a key file is missing or damaged, or a secret one is not its owner's alone.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], folder: Path) -> None:
+        self._socket, self._folder = socket, KeyFolder(folder, load_server_keys)
+        self._keys = self._folder.keys()
+        self.authenticator = ThreadAuthenticator(socket.context)
+        self.authenticator.start()
+        self.authenticator.configure_curve_callback(domain=_DOMAIN, credentials_provider=self)
+        # Without a domain that is enforced, ZeroMQ lets everybody in when no authenticator runs.
+        socket.zap_domain = _DOMAIN.encode()
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self._set_keys()
+
+    def _set_keys(self) -> None:
+        self._socket.curve_publickey = self._keys.public
+        self._socket.curve_secretkey = self._keys.secret
+        self._socket.curve_server = True
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """In the authenticator's thread: whether the holder of this key may connect."""
+        return key in self._keys.clients
+
+    def refresh(self) -> bool:
+        """Use keys that changed; whether the socket must be bound again to use its own."""
+        old, self._keys = self._keys, self._folder.keys()
+        if old == self._keys:
+            return False
+        logger.info("kvq-zmq: keys have changed, %d may connect", len(self._keys.clients))
+        self._set_keys()
+        return old[:2] != self._keys[:2]
+
+    def stop(self) -> None:
+        """End the authenticator; after the socket is closed."""
+        self.authenticator.stop()
+
+
+def secure_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
+    """Connect with this decode instance's key, to the holder of the prefill key only.
+
+    Args:
+        socket: DEALER socket of the decode instance, not connected yet.
+        keys: Its keys.
+    """
+    socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    socket.curve_serverkey = keys.server

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -15,13 +13,10 @@ from typing import TypeVar
 import zmq
 
 from sgl_kvq.errors import KvqError
-from sgl_kvq.memory_pool.page_io.base import PoolAccess
-from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.protocol.handshake import digest
-from sgl_kvq.transfer.protocol.header import MAX_BLOCK_BYTES, MAX_BLOCKS
-from sgl_kvq.transfer.protocol.messages import MAX_MESSAGE_BYTES, Fingerprint
+from sgl_kvq.transfer.protocol.header import MAX_BLOCKS
+from sgl_kvq.transfer.runtime.environment import Environment
 from sgl_kvq.transfer.runtime.metrics import TransferMetrics
-from sgl_kvq.transfer.runtime.workers import WorkerPool
+from sgl_kvq.transfer.runtime.rank import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -40,41 +35,28 @@ class TransferThread(threading.Thread):
 
     Args:
         side: "prefill" or "decode".
-        config: The options.
-        access: The pool of this rank.
-        fingerprint: Values that the other side must have as well.
-        instance: Drawn by this process, uint64.
+        rank: Options, pool, fingerprint and number of this process.
+        environment: Time, sockets and threads; closed with the thread. None for the real ones.
     """
 
-    def __init__(
-        self,
-        side: str,
-        config: TransferConfig,
-        access: PoolAccess,
-        fingerprint: Fingerprint,
-        instance: int,
-    ) -> None:
+    def __init__(self, side: str, rank: Rank, environment: Environment | None) -> None:
         super().__init__(name=f"kvq-transfer-{side}", daemon=True)
-        self.config, self.access, self.instance = config, access, instance
-        self.fingerprint, self.digest = fingerprint, digest(fingerprint)
+        self.config, self.access, self.instance = rank.config, rank.access, rank.instance
+        self.fingerprint, self.digest = rank.fingerprint, rank.digest
         self.metrics = TransferMetrics(side)
-        self.context = zmq.Context()
-        self.poller = zmq.Poller()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_lock, self._ended = threading.Lock(), False
-        self.poller.register(self._wake, zmq.POLLIN)
+        self.environment = environment or Environment()
+        self.now = self.environment.now
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
         self._results_posted = False
-        num_workers = config.workers if access.shareable else 0
-        self.workers = WorkerPool(num_workers, self._on_job_done)
+        self._next_tick = self._next_alive = self.now()
+        num_workers = self.config.workers if self.access.shareable else 0
+        self.workers = self.environment.make_workers(num_workers, self._on_job_done)
 
     def post(self, command: Callable[[], None]) -> None:
         """Run a command in this thread soon; may be called from any thread."""
         self._commands.append(command)
-        with self._wake_lock:
-            if not self._ended:  # the descriptor may be another's after that
-                os.eventfd_write(self._wake, 1)
+        self.environment.wake()
 
     def stop(self) -> None:
         """End the thread and close its sockets; waits for both."""
@@ -83,50 +65,39 @@ class TransferThread(threading.Thread):
         if self.is_alive():
             self.join(timeout=5)
 
-    def make_socket(self, kind: int) -> zmq.Socket[bytes]:
-        """A socket without linger, with heartbeats, that drops a peer with oversized frames."""
-        socket = self.context.socket(kind)
-        socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = 0  # the window bounds what is on the way
-        socket.maxmsgsize = max(MAX_BLOCK_BYTES, MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        return socket
-
     def run(self) -> None:
         """Loop until `stop`."""
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         self.workers.start()
-        next_tick = next_alive = time.monotonic()
         try:
             while not self._stopping.is_set():
-                busy = self._guard(self.work)
-                wait_s = 0.0 if busy else max(0.0, next_tick - time.monotonic())
-                ready = dict(self.poller.poll(int(wait_s * 1000)))
-                if ready.pop(self._wake, None):
-                    with suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
-                while self._commands:
-                    self._guard(self._commands.popleft())
-                for socket in ready:
-                    self._guard(lambda socket=socket: self.receive(socket))  # type: ignore[misc]
-                now = time.monotonic()
-                if now >= next_tick:
-                    self._guard(self.tick)
-                    self.metrics.flush()
-                    next_tick = now + TICK_S
-                if now >= next_alive:
-                    self._guard(self.send_alive)
-                    next_alive = now + ALIVE_S
+                self.step()
         finally:
-            self._guard(self.close)
-            self.workers.stop()
-            with self._wake_lock:
-                self._ended = True
-                os.close(self._wake)
-            self.context.destroy(linger=0)
+            self.end()
+
+    def step(self) -> None:
+        """One round: queued work, commands, messages, and what is due."""
+        busy = self._guard(self.work)
+        wait_s = 0.0 if busy else max(0.0, self._next_tick - self.now())
+        ready = self.environment.wait(wait_s)
+        while self._commands:
+            self._guard(self._commands.popleft())
+        for socket in ready:
+            self._guard(lambda socket=socket: self.receive(socket))  # type: ignore[misc]
+        now = self.now()
+        if now >= self._next_tick:
+            self._guard(self.tick)
+            self.metrics.flush()
+            self._next_tick = now + TICK_S
+        if now >= self._next_alive:
+            self._guard(self.send_alive)
+            self._next_alive = now + ALIVE_S
+
+    def end(self) -> None:
+        """What follows the last round."""
+        self._guard(self.close)
+        self.workers.stop()
+        self.environment.close()
 
     def _guard(self, step: Callable[[], _T]) -> _T | None:
         """Log the exception of a step: it must not end all transfers."""
