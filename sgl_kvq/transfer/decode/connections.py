@@ -47,7 +47,7 @@ class Connection:
         heads: KV heads that the prefill rank holds.
         hello_sent: Time of the last Hello, in seconds.
         broken: Whether it must be replaced.
-        damaged: Time of the last block whose header could not be read, in seconds.
+        damaged: Time of the last message or block that could not be read, in seconds.
         reconnected_silent: Whether the connection before was silent, and no block came since.
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
@@ -161,7 +161,8 @@ class Connections:
         self.close(connection)
         fresh.waiting, fresh.parts = connection.waiting, connection.parts
         fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
-        fresh.finished, fresh.blocks = connection.finished, connection.blocks
+        fresh.finished, fresh.last_finished = connection.finished, connection.last_finished
+        fresh.blocks = connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
         self._add(fresh)
 
