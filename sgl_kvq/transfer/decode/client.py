@@ -101,6 +101,10 @@ class DecodeThread(TransferThread):
     # Everything below runs in this thread.
 
     def _announce(self, endpoints: list[str], room: int, nonce: int, state: RequestState) -> None:
+        if not endpoints:
+            state.fail(
+                "expected at least one prefill rank; check what the bootstrap server was told"
+            )
         for endpoint in endpoints:
             try:
                 connection = self._connections.get_or_connect(endpoint)
