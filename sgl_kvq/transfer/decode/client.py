@@ -165,7 +165,7 @@ class DecodeThread(TransferThread):
                 self._send(connection, Abort(room, nonce, reason[:1024]))
 
     def _remember(self, connection: Connection, room: int, nonce: int) -> None:
-        connection.finished[room] = nonce
+        connection.finished[room], connection.last_finished = nonce, self.now()
         while len(connection.finished) > MAX_FINISHED:
             del connection.finished[next(iter(connection.finished))]
 
@@ -270,7 +270,10 @@ class DecodeThread(TransferThread):
 
     @override
     def tick(self) -> None:
-        """Expire idle transfers; reconnect or close unhealthy connections."""
+        """Expire idle transfers; reconnect or close unhealthy connections.
+
+        For a deadline after a success, a prefill rank may still ask whether everything has arrived.
+        """
         now = self.now()
         deadline_s = self.config.deadline_s
         for connection in list(self.connections.values()):
@@ -278,7 +281,8 @@ class DecodeThread(TransferThread):
             state = connection.state
             silent_s = now - max(connection.last_heard, connection.opened)
             no_answer = state is ConnectionState.CONNECTING
-            if not connection.in_use:
+            asked_for = now - connection.last_finished <= deadline_s
+            if not connection.in_use and not asked_for:
                 if state is not ConnectionState.READY or silent_s > deadline_s:
                     self._connections.close(connection)
             elif connection.broken or silent_s > deadline_s * connection.patience:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Connection:
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
         finished: Nonce of rooms that ended with success, in case the last message is lost.
+        last_finished: When the last of them did, in seconds.
     """
 
     endpoint: str
@@ -73,6 +75,7 @@ class Connection:
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
     finished: dict[int, int] = field(default_factory=dict)
+    last_finished: float = -math.inf
 
     @property
     def patience(self) -> float:
