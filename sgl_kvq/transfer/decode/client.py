@@ -200,6 +200,13 @@ class DecodeThread(TransferThread):
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         connection = self._connections.by_socket[socket]
         connection.last_heard = self.now()
+        try:
+            self._on_frames(connection, frames)
+        except KvqError:
+            connection.damaged = connection.last_heard  # it may have been blocks
+            raise
+
+    def _on_frames(self, connection: Connection, frames: list[zmq.Frame]) -> None:
         kind = frames[0].bytes if frames else b""
         if kind == CONTROL and len(frames) == 2:
             self._on_message(connection, parse_message(frames[1].buffer))

@@ -221,7 +221,11 @@ class OutgoingPart:
         return again
 
     def resume(self, received: list[int]) -> None:
-        """On a new connection, queue the blocks again that were in flight and have not arrived."""
+        """Queue the blocks again that were lost, once the peer says what it has.
+
+        On a new connection, what was sent over it before the peer could say so is on its way. A
+        peer that asks once more on a connection lacks what was sent over it.
+        """
         for seq in received:
             if self._states.get(seq, _ACKED) is not _ACKED:
                 self.transition(seq, _ACKED)
