@@ -199,18 +199,21 @@ class DecodeThread(TransferThread):
     @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         connection = self._connections.by_socket[socket]
-        connection.last_heard = self.now()
+        now = self.now()
+        slow = now - connection.last_heard > self.config.deadline_s / 6
+        connection.last_heard = now
         try:
-            self._on_frames(connection, frames)
+            self._on_frames(connection, frames, slow)
         except KvqError:
             connection.damaged = connection.last_heard  # it may have been blocks
             raise
 
-    def _on_frames(self, connection: Connection, frames: list[zmq.Frame]) -> None:
+    def _on_frames(self, connection: Connection, frames: list[zmq.Frame], slow: bool) -> None:
         kind = frames[0].bytes if frames else b""
         if kind == CONTROL and len(frames) == 2:
             self._on_message(connection, parse_message(frames[1].buffer))
         elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
+            connection.reconnected_silent &= slow
             payloads = [frame.buffer for frame in frames[2:]]
             self._receiver.take(connection, frames[1].buffer, payloads)
         else:

@@ -49,7 +49,7 @@ class Connection:
         hello_sent: Time of the last Hello, in seconds.
         broken: Whether it must be replaced.
         damaged: Time of the last message or block that could not be read, in seconds.
-        reconnected_silent: Whether the connection before was silent, and no block came since.
+        reconnected_silent: Whether the connection before was silent, and blocks are slow since.
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
@@ -79,7 +79,7 @@ class Connection:
 
     @property
     def patience(self) -> float:
-        """How long it may be silent, in deadlines; the second time a slow block gets the rest."""
+        """How long it may be silent, in deadlines; on a new connection, slow blocks get more."""
         ready = self.state is ConnectionState.READY
         return 2 / 3 if ready and self.reconnected_silent else 1 / 3
 

@@ -79,7 +79,6 @@ class BlockReceiver:
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
         part.last_heard = connection.last_heard
-        connection.reconnected_silent = False
         try:
             return part.claim(header, payload)
         except WireError as error:
