@@ -158,7 +158,7 @@ class SimulatedWorkers:
                 job.run()
             return
         self._queued.append(jobs)
-        self._environment.after(world.between(1e-4, 0.05), lambda: self._work(jobs))
+        self._environment.after(world.between(1e-4, 0.2), lambda: self._work(jobs))
 
     def _work(self, jobs: Sequence[Job]) -> None:
         if jobs in self._queued:

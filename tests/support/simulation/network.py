@@ -167,6 +167,7 @@ class Network:
         self.routers: dict[str, Router] = {}
         self.aliases: dict[str, str] = {}
         self.held: Counter[int] = Counter()
+        self.can_undo = True  # whether decode ranks have the codec of the prefill ranks
         self.damaged = 0
         self.changed_memory = False  # pages were freed while they may have been on the way
         self.pools: list[SimulatedPool] = []

@@ -77,8 +77,13 @@ class PrefillInstance(Instance):
             self.conclude(request, FAILED)
         elif request.succeeded:
             self.conclude(request, SUCCESS)
-        elif request.begun_at is None and OPEN not in request.status:
+        elif request.begun_at is None and self._is_requested(request):
             self._begin(request)
+
+    def _is_requested(self, request: SideOfRoom) -> bool:
+        """Whether all ranks may send; one that nobody knows does not hold up the others."""
+        unknown_ranks = request.plan.fault in ("missing rank", "rank twice")
+        return REQUESTED in request.status if unknown_ranks else OPEN not in request.status
 
     def _begin(self, request: SideOfRoom) -> None:
         if not self._take_pages(request, request.plan.num_pages, is_first=True):

@@ -87,7 +87,7 @@ class Simulation:
             endpoint,
             world.between(*scenario.latency_s),
             world.between(*scenario.bytes_per_s),
-            world.rng.choice([16_384, 2**18, 2**21]),
+            world.rng.choice([4096, 4096, 16_384, 2**18, 2**21]),
         )
 
     def _over(self, side: SideOfRoom) -> None:
@@ -99,7 +99,7 @@ class Simulation:
             failures = checksum_failures()
             for prefill in self.prefill:
                 prefill.start()
-            wrapped.installed = scenario.codec != "missing"
+            wrapped.installed = self.network.can_undo = scenario.codec != "missing"
             for decode in self.decode:
                 decode.prefill = self.prefill
                 decode.start()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from dataclasses import dataclass, field
 
 from sgl_kvq.formats.base import PAGE_SIZE
+from sgl_kvq.transfer.options import MIN_DEADLINE_S
 from sgl_kvq.transfer.prefill.pace import START_BYTES
 
-PROFILES = {"clean": 14, "slow": 14, "cuts": 22, "misuse": 14, "chaos": 36}
+PROFILES = {"clean": 12, "slow": 14, "cuts": 22, "misuse": 18, "chaos": 34}
 CROWD_EVERY, CROWD_ROOMS = 500, (2000, 17_000)
 LARGEST_BLOCK_BYTES = 2**14
 """Rows of an open page, of one head in one layer; they are not cut."""
@@ -129,7 +131,7 @@ def draw(seed: int) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     crowd = seed % CROWD_EVERY == CROWD_EVERY // 2
     profile = "crowd" if crowd else rng.choices(list(PROFILES), list(PROFILES.values()))[0]
-    deadline_s = rng.choice([4.0, 4.0, 5.0, 8.0])
+    deadline_s = rng.choice([MIN_DEADLINE_S, MIN_DEADLINE_S, 5.0, 8.0])
     chaotic = profile == "chaos"
     slow = profile == "slow" or (chaotic and rng.random() < 0.3)
     num_heads = rng.choice([2, 4, 4])
@@ -139,7 +141,18 @@ def draw(seed: int) -> Scenario:
     # the first acknowledgement before anything is given up.
     slowest = max(largest / (deadline_s * 2 / 3 - 1.5), START_BYTES * 3 / deadline_s)
     slowest *= 0.3 if chaotic else 1
-    low = slowest * 30 ** rng.random() if slow else 10 ** rng.uniform(6.5, 9)
+    lone = profile == "slow" and rng.random() < 0.2
+    if lone:  # one block takes longer than a connection is left silent the first time
+        deadline_s, prefill_tp, decode_tp, num_heads = 8.0, [1], [1], 4
+        largest = LARGEST_BLOCK_BYTES * num_heads
+        slowest = largest / (deadline_s * rng.uniform(0.36, 0.5))
+    low = (
+        slowest
+        if lone
+        else slowest * 30 ** (rng.random() ** 2)
+        if slow
+        else 10 ** rng.uniform(6.5, 9)
+    )
     scenario = Scenario(
         seed=seed,
         profile=profile,
@@ -147,16 +160,19 @@ def draw(seed: int) -> Scenario:
         num_heads=num_heads,
         prefill_tp=prefill_tp,
         decode_tp=decode_tp,
-        bytes_per_s=(low, low * 2 if slow else FAST_BYTES_PER_S),
+        bytes_per_s=(low, low * (1.01 if lone else 2) if slow else FAST_BYTES_PER_S),
         latency_s=(1e-4, rng.choice([1e-3, 0.02, 0.1])),
         block_bytes=rng.choice([4096, 16384, 16384, 2**17, 2**20]),
         window_bytes=rng.choice([2**17, 2**20, 2**25]) + 2**20,
         blocks_are_quick=largest / low < deadline_s / 3 - 1.3,
         workers=rng.choice([0, 0, 2, 3]),
         strict=not chaotic,
-        codec=rng.choice(["identity", *CODECS]) if profile == "misuse" else "identity",
+        codec=rng.choice(["identity"] * 4 + [*CODECS]) if profile == "misuse" else "identity",
     )
     _draw_rooms(rng, scenario)
+    if lone:
+        plan = dataclasses.replace(scenario.rooms[0], num_tokens=63, prefix_pages=0, abort=None)
+        scenario.rooms[:] = [plan]
     _draw_faults(rng, scenario)
     return scenario
 
@@ -174,7 +190,7 @@ def _draw_rooms(rng: random.Random, scenario: Scenario) -> None:
     if profile == "crowd":
         count = int(rng.choice(CROWD_ROOMS) * rng.uniform(0.9, 1.1))
     window_s = rng.choice([0.0, 0.5, 3.0])
-    longest = 64 * 5 if profile == "slow" else 64 * rng.choice([2, 5, 8])
+    longest = 64 * (12 if profile == "slow" else rng.choice([2, 5, 8]))
     for key in range(count):
         num_tokens = rng.choice([1, 63, 64, 65, rng.randint(1, longest), rng.randint(1, longest)])
         at = rng.uniform(0, window_s)
@@ -187,9 +203,9 @@ def _draw_rooms(rng: random.Random, scenario: Scenario) -> None:
         abort, fault = None, ""
         if profile == "crowd":
             abort = None if key < 20 else ("decode", at + 1.3 * scenario.deadline_s)
-        elif profile in ("misuse", "chaos") and rng.random() < 0.12:
+        elif profile in ("misuse", "chaos", "slow") and rng.random() < 0.2:
             abort = (rng.choice(["prefill", "decode"]), at + rng.uniform(0, 5))
-        if profile == "misuse" and rng.random() < 0.3:
+        if profile == "misuse" and rng.random() < 0.5:
             fault = rng.choice(["prompt", "reused", "refused", "missing rank", "rank twice"])
         number = rng.getrandbits(63)
         if fault == "reused" and scenario.rooms:

@@ -279,6 +279,8 @@ class Router(Socket):
 
     def _note_blocks(self, wire: Wire, headers: bytes) -> None:
         """A block is sent again on a new connection, or when it arrived damaged."""
+        if not self.network.can_undo:
+            self.world.violate("a block is sent that the decode rank cannot undo")
         for start in range(0, len(headers), HEADER_BYTES):
             block = _ROOM_NONCE_SEQ.unpack_from(headers, start)
             if block in wire.sent and not self.network.damaged:
