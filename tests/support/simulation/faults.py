@@ -10,6 +10,7 @@ from tests.support.simulation.network import Network, Path
 from tests.support.simulation.scenario import Fault
 
 _T = TypeVar("_T")
+_TRAPS = (b"done", b"done", b"request", b"ack", b"hello", b"welcome", b"abort", b"B")
 HALF_OPEN_S = 15.0
 """ZeroMQ's heartbeats end a connection whose other end is gone after that."""
 
@@ -53,6 +54,12 @@ class Faults:
         for wire in list(path.wires) if path else []:
             late_s = HALF_OPEN_S * (1 + fault.duration_s / 60)
             wire.cut(*((0.0, late_s) if fault.size < 0.5 else (late_s, 0.0)))
+
+    def cut_on(self, fault: Fault) -> None:
+        """A connection breaks as a message of some kind leaves."""
+        path = self._path(fault)
+        if path:
+            path.trap = _TRAPS[int(fault.size * len(_TRAPS))]
 
     def cut_all(self, fault: Fault) -> None:
         for path in self._network.paths:

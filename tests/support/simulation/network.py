@@ -54,6 +54,7 @@ class Path:
     stalled: bool = False
     damage: int = 0
     garbled: int = 0
+    trap: bytes = b""  # the connection breaks as this kind of message leaves
     wires: list[Wire] = field(default_factory=list)
     waiting: list[Callable[[], None]] = field(default_factory=list)
     opened: int = 0
@@ -91,6 +92,9 @@ class Lane:
             self._free_at = max(self._free_at, world.now) + message.size / path.bytes_per_s
             self.last_arrival = max(self.last_arrival, self._free_at + path.latency_s)
             self._kernel.append(message)
+            if path.trap and path.trap in message.frames[message.frames[0] == b"C"]:
+                path.trap = b""
+                world.after(0.0, self.wire.cut)
             world.at(self.last_arrival, self._arrive)
 
     def _arrive(self) -> None:

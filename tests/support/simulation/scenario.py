@@ -204,7 +204,7 @@ def _draw_rooms(rng: random.Random, scenario: Scenario) -> None:
         if profile == "crowd":
             abort = None if key < 20 else ("decode", at + 1.3 * scenario.deadline_s)
         elif profile in ("misuse", "chaos", "slow") and rng.random() < 0.2:
-            abort = (rng.choice(["prefill", "decode"]), at + rng.uniform(0, 5))
+            abort = (rng.choice(["prefill", "decode"]), at + rng.uniform(0, rng.choice([1, 5])))
         if profile == "misuse" and rng.random() < 0.5:
             fault = rng.choice(["prompt", "reused", "refused", "missing rank", "rank twice"])
         number = rng.getrandbits(63)
@@ -233,7 +233,9 @@ def _draw_faults(rng: random.Random, scenario: Scenario) -> None:
     if scenario.profile == "cuts":
         # Few enough for the five tries of a block.
         for i in range(rng.randint(1, 3)):
-            kind = rng.choice(["cut", "cut", "cut", "stall", "refuse", "pause", "damage"])
+            kind = rng.choice(
+                ["cut", "cut", "cut_on", "cut_on", "stall", "refuse", "pause", "damage"]
+            )
             at = rng.uniform(0, 2) + 1.5 * i * deadline_s
             fault = Fault(
                 at, kind, rng.random(), rng.uniform(0.05, 0.25 * deadline_s), rng.random()
@@ -242,7 +244,7 @@ def _draw_faults(rng: random.Random, scenario: Scenario) -> None:
     if scenario.profile == "chaos":
         kinds = ["cut", "cut", "half_open", "stall", "refuse", "reject", "pause", "damage", "slow"]
         kinds += ["restart_prefill", "restart_decode", "no_descriptors", "cut_all"]
-        kinds += ["garble"]
+        kinds += ["garble", "cut_on"]
         kinds = rng.sample(kinds, rng.randint(1, 4))
         for _ in range(rng.randint(1, 8)):
             duration_s = deadline_s * 10 ** rng.uniform(-2, 0.4)
