@@ -32,6 +32,7 @@ MANY_PROGRAMS = 40
 LARGE_TESTS = (
     "test_against_fp64_on_dequantized_pages",  # `test_head_dims` does the same with small heads
     "test_the_figures_of_the_check_command",
+    "test_promises_are_kept",  # seeds that found a fault are run
     "test_same_bytes_and_outputs",  # each engine is tested by itself too
 )
 

@@ -12,7 +12,13 @@ from sgl_kvq.transfer.blocks import metadata_block
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.prefill.buffers import SendBuffers
 from sgl_kvq.transfer.prefill.pace import Pace
-from sgl_kvq.transfer.prefill.rooms import BlockState, OutgoingPart, OutgoingTransfer, Peer
+from sgl_kvq.transfer.prefill.rooms import (
+    BlockState,
+    OutgoingPart,
+    OutgoingTransfer,
+    Peer,
+    next_seqno,
+)
 from sgl_kvq.transfer.protocol.messages import Request
 
 NUM_BLOCKS, WIRE_BYTES = 5, 100
@@ -112,3 +118,38 @@ def test_a_step_that_cannot_be_is_refused(state: BlockState) -> None:
     part.transition(0, BlockState.ACKED)
     with pytest.raises(ValueError, match="block 0"):
         part.transition(0, BlockState.QUEUED)
+
+
+def send(part: OutgoingPart, *seqs: int) -> None:
+    for seq in seqs:
+        assert part.next_queued() == seq
+        part.transition(seq, BlockState.READING)
+        part.mark_sent(seq, WIRE_BYTES, None, now=0.0)
+
+
+def test_what_left_on_a_new_connection_is_not_lost() -> None:
+    """It left after the Hello and before the peer could say what it has."""
+    part, _ = make_part([])
+    send(part, 0, 1)
+    part.peer.connected = next_seqno()
+    send(part, 2)
+    part.resume([0])
+    assert [part.state_of(seq) for seq in range(3)] == [
+        BlockState.ACKED,
+        BlockState.QUEUED,
+        BlockState.IN_FLIGHT,
+    ]
+    part.resume([0])  # it asks again on the same connection: that one is lost
+    assert part.state_of(2) is BlockState.QUEUED
+
+
+def test_the_first_of_two_copies_may_arrive() -> None:
+    part, _ = make_part([])
+    send(part, 0, 1, 2)
+    part.retransmit([0, 1])
+    assert part.acknowledge([0], now=0.0) == []  # it is queued again
+    assert part.state_of(0) is BlockState.ACKED
+    send(part, 3, 4, 1)
+    # Which of the two copies of 1 arrived is not known, so nothing is known of what left between.
+    assert part.acknowledge([1], now=0.0) == []
+    assert part.acknowledge([3], now=0.0) == [2]

@@ -163,6 +163,14 @@ def test_a_room_that_the_prefill_instance_refused_is_refused_to_whoever_asks() -
         assert "room 1 is taken" in result.reason
         decode.close(1)
         ship(prefill, decode, 2, 200, first=10)
+        # So is one that asked before its request was refused.
+        result = decode.announce(3, [prefill.endpoint])
+        decode.start(3, take_pages(decode.pool, 200, 50))
+        wait_for(lambda: 3 in prefill.thread.rooms)
+        prefill.thread.refuse_room(3, "room 3 is taken")
+        wait_for(lambda: bool(result.result), 1.0)
+        assert "room 3 is taken" in result.reason
+        decode.close(3)
         # The room of a request that came later is served.
         result = decode.announce(1, [prefill.endpoint])
         out = prefill.open(1)

@@ -63,6 +63,14 @@ def test_two_addresses_of_one_process_are_one_rank() -> None:
         )
 
 
+def test_a_request_without_any_prefill_rank_fails_at_once() -> None:
+    decode = DecodeSide(CONFIG)
+    with stopped(decode):
+        result = decode.announce(1, [])
+        wait_for(lambda: bool(result.result), 1.0)
+        assert "expected at least one prefill rank" in result.reason
+
+
 @pytest.mark.parametrize("fault", ["merged", "two addresses", "rank 0 twice", "another rank"])
 def test_a_transfer_of_some_heads_is_no_success(fault: str) -> None:
     """Two prefill ranks of two heads each; the decode rank is told of rank 0 only, or wrongly."""

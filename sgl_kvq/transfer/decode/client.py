@@ -108,6 +108,10 @@ class DecodeThread(TransferThread):
     # Everything below runs in this thread.
 
     def _announce(self, endpoints: list[str], room: int, nonce: int, state: RequestState) -> None:
+        if not endpoints:
+            state.fail(
+                "expected at least one prefill rank; check what the bootstrap server was told"
+            )
         for endpoint in endpoints:
             try:
                 connection = self._connections.get_or_connect(endpoint)
@@ -168,7 +172,7 @@ class DecodeThread(TransferThread):
                 self._send(connection, Abort(room, nonce, reason[:1024]))
 
     def _remember(self, connection: Connection, room: int, nonce: int) -> None:
-        connection.finished[room] = nonce
+        connection.finished[room], connection.last_finished = nonce, self.now()
         while len(connection.finished) > MAX_FINISHED:
             del connection.finished[next(iter(connection.finished))]
 
@@ -209,18 +213,27 @@ class DecodeThread(TransferThread):
     @override
     def on_frames(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
         connection = self._connections.by_socket[socket]
-        connection.last_heard = self.now()
-        kind = frames[0].bytes if frames else b""
+        now = self.now()
+        slow = now - connection.last_heard > self.config.deadline_s / 6
+        connection.last_heard = now
         try:
-            if kind == CONTROL and len(frames) == 2:
-                self._on_message(connection, parse_message(frames[1].buffer))
-            elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
-                payloads = [frame.buffer for frame in frames[2:]]
-                self._receiver.take(connection, frames[1].buffer, payloads)
-            else:
-                raise WireError(f"expected a message or blocks, got {len(frames)} frames")
+            self._on_frames(connection, frames, slow)
+        except KvqError:
+            connection.damaged = connection.last_heard  # it may have been blocks
+            raise
         finally:
             self._connections.took(connection)
+
+    def _on_frames(self, connection: Connection, frames: list[zmq.Frame], slow: bool) -> None:
+        kind = frames[0].bytes if frames else b""
+        if kind == CONTROL and len(frames) == 2:
+            self._on_message(connection, parse_message(frames[1].buffer))
+        elif kind == BLOCK and 3 <= len(frames) <= MAX_BLOCKS + 2:
+            connection.reconnected_silent &= slow
+            payloads = [frame.buffer for frame in frames[2:]]
+            self._receiver.take(connection, frames[1].buffer, payloads)
+        else:
+            raise WireError(f"expected a message or blocks, got {len(frames)} frames")
 
     @override
     def take_results(self) -> None:
@@ -284,7 +297,10 @@ class DecodeThread(TransferThread):
 
     @override
     def tick(self) -> None:
-        """Expire idle transfers; reconnect or close unhealthy connections."""
+        """Expire idle transfers; reconnect or close unhealthy connections.
+
+        For a deadline after a success, a prefill rank may still ask whether everything has arrived.
+        """
         self.environment.inbound.sweep()
         now = self.now()
         deadline_s = self.config.deadline_s
@@ -293,7 +309,8 @@ class DecodeThread(TransferThread):
             state = connection.state
             silent_s = now - max(connection.last_heard, connection.opened)
             no_answer = state is ConnectionState.CONNECTING
-            if not connection.in_use:
+            asked_for = now - connection.last_finished <= deadline_s
+            if not connection.in_use and not asked_for:
                 if state is not ConnectionState.READY or silent_s > deadline_s:
                     self._connections.close(connection)
             elif connection.broken or silent_s > deadline_s * connection.patience:

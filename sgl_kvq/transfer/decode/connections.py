@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,14 +55,15 @@ class Connection:
         heads: KV heads that the prefill rank holds.
         hello_sent: Time of the last Hello, in seconds.
         broken: Whether it must be replaced.
-        damaged: Time of the last block whose header could not be read, in seconds.
-        reconnected_silent: Whether the connection before was silent, and no block came since.
+        damaged: Time of the last message or block that could not be read, in seconds.
+        reconnected_silent: Whether the connection before was silent, and blocks are slow since.
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
         finished: Nonce of rooms that ended with success, in case the last message is lost.
         descriptor: ZeroMQ's, once it is connected.
         proven: Whether a block came for one of its rooms, with the right fingerprint.
+        last_finished: When the last of them did, in seconds.
     """
 
     endpoint: str
@@ -84,10 +86,11 @@ class Connection:
     finished: dict[int, int] = field(default_factory=dict)
     descriptor: int = -1
     proven: bool = False
+    last_finished: float = -math.inf
 
     @property
     def patience(self) -> float:
-        """How long it may be silent, in deadlines; the second time a slow block gets the rest."""
+        """How long it may be silent, in deadlines; on a new connection, slow blocks get more."""
         ready = self.state is ConnectionState.READY
         return 2 / 3 if ready and self.reconnected_silent else 1 / 3
 
@@ -207,7 +210,8 @@ class Connections:
         self.close(connection)
         fresh.waiting, fresh.parts = connection.waiting, connection.parts
         fresh.reconnected_silent = connection.reconnected_silent or not connection.broken
-        fresh.finished, fresh.blocks = connection.finished, connection.blocks
+        fresh.finished, fresh.last_finished = connection.finished, connection.last_finished
+        fresh.blocks = connection.blocks
         fresh.instance, fresh.last_heard = connection.instance, connection.last_heard
         fresh.proven = connection.proven
         self._add(fresh)

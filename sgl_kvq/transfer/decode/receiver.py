@@ -58,13 +58,17 @@ class BlockReceiver:
         for i, payload in enumerate(payloads):
             try:
                 header = parse_header(headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES])
-                block = self._claim(connection, header, payload)
             except KvqError as error:
                 connection.damaged = connection.last_heard
                 self._refuse(error)
-            else:
-                if block is not None:
-                    blocks.append(block)
+                continue
+            try:
+                block = self._claim(connection, header, payload)
+            except WireError as error:
+                self._refuse(error)
+                continue
+            if block is not None:
+                blocks.append(block)
         connection.blocks += blocks
         self._workers.run([block for block in blocks if not block.done])
 
@@ -75,7 +79,6 @@ class BlockReceiver:
         if part is None or part.transfer.nonce != header.nonce:
             raise WireError(f"block {header.seq}: no such transfer (room {header.room})")
         part.last_heard = connection.last_heard
-        connection.reconnected_silent = False
         try:
             block = part.claim(header, payload)
         except WireError as error:
@@ -93,6 +96,7 @@ class BlockReceiver:
                 fresh = part.record(block)
             except ChecksumError:
                 self._metrics.checksum_failures.inc()
+                connection.damaged = connection.last_heard  # the Nack may get lost
                 part.nacks.append(header.seq)
             except Exception as error:
                 logger.error("kvq-zmq: block of room %d", header.room, exc_info=error)

@@ -13,7 +13,7 @@ from sgl_kvq.errors import ConfigError, TransferError
 from sgl_kvq.transfer.codecs.registry import get_codec
 from sgl_kvq.transfer.prefill.door import Door
 from sgl_kvq.transfer.prefill.pace import Pace
-from sgl_kvq.transfer.prefill.rooms import Peer
+from sgl_kvq.transfer.prefill.rooms import Peer, next_seqno
 from sgl_kvq.transfer.protocol.handshake import check_codec, check_fingerprint
 from sgl_kvq.transfer.protocol.header import WIRE_VERSION
 from sgl_kvq.transfer.protocol.messages import (
@@ -171,7 +171,7 @@ class Listener:
             pace = Pace(self._rank.config, now)
             self.peers[identity] = Peer(identity, hello.instance, pace, now)
         else:
-            known.reachable, known.last_heard = True, now
+            known.reachable, known.last_heard, known.connected = True, now, next_seqno()
         heads = self._rank.access.heads
         self._send(identity, Welcome(WIRE_VERSION, self._rank.instance, heads.first, heads.count))
 

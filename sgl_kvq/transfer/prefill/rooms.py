@@ -48,6 +48,10 @@ _TRANSITIONS: dict[BlockState | None, tuple[BlockState, ...]] = {
 }
 
 
+next_seqno = itertools.count().__next__
+"""Position in the order of sending, over all peers."""
+
+
 class InFlightBlock(NamedTuple):
     """A block that was sent and not acknowledged.
 
@@ -73,6 +77,7 @@ class Peer:
         instance: Random number of its process.
         pace: How many bytes may be in flight.
         last_heard: Time of its last message, in seconds.
+        connected: Blocks with a lower seqno were sent on a connection before this one.
         reachable: Whether ZeroMQ still has a connection to it.
         bytes_in_flight: Bytes that were sent and not acknowledged, or are being read.
         parts: Parts that are not over.
@@ -84,6 +89,7 @@ class Peer:
     instance: int
     pace: Pace
     last_heard: float
+    connected: int = 0
     reachable: bool = True
     bytes_in_flight: int = 0
     parts: set[OutgoingPart] = field(default_factory=set)
@@ -105,8 +111,6 @@ class OutgoingPart:
         tries: How often each block was sent that is not acknowledged.
     """
 
-    _next_seqno = itertools.count()
-
     def __init__(
         self, transfer: OutgoingTransfer, peer: Peer, request: Request, buffers: SendBuffers
     ) -> None:
@@ -117,6 +121,7 @@ class OutgoingPart:
         self.heads = HeadRange(request.first_head, request.first_head + request.num_heads)
         self.done = False
         self.tries: dict[int, int] = {}
+        self._connected = peer.connected
         self._states: dict[int, BlockState] = {}
         # By state, for the order: QUEUED in order of queueing, with others among them, ...
         self._queue: deque[int] = deque()
@@ -176,14 +181,14 @@ class OutgoingPart:
 
     def mark_sent(self, seq: int, wire_bytes: int, buffer: Bytes | None, now: float) -> None:
         """Note that a block left, and the buffer that it lies in."""
-        sent = InFlightBlock(next(self._next_seqno), now, wire_bytes, buffer)
+        sent = InFlightBlock(next_seqno(), now, wire_bytes, buffer)
         self.transition(seq, _IN_FLIGHT, sent)
 
     def acknowledge(self, seqs: list[int], now: float) -> list[int]:
         """Note acknowledged blocks.
 
         A connection keeps the order, so a block that was sent before an acknowledged one and is
-        still in flight was lost.
+        still in flight was lost. Of a block that was sent twice, nobody knows which one arrived.
 
         Args:
             seqs: Blocks that the peer has; unknown ones are ignored.
@@ -193,12 +198,15 @@ class OutgoingPart:
             Blocks that were lost and are queued again.
         """
         in_flight = self._in_flight
-        newest = max((in_flight[seq].seqno for seq in seqs if seq in in_flight), default=-1)
+        once = [seq for seq in seqs if seq in in_flight and self.tries[seq] == 1]
+        newest = max((in_flight[seq].seqno for seq in once), default=-1)
         for seq in seqs:
             if seq in in_flight:
                 block = in_flight[seq]
                 self.transfer.bytes_landed += block.wire_bytes
                 self.peer.pace.on_ack(block.wire_bytes, block.sent_at, now)
+                self.transition(seq, _ACKED)
+            elif seq in self.tries:  # queued again, but the first one has arrived
                 self.transition(seq, _ACKED)
         lost = itertools.takewhile(lambda seq: in_flight[seq].seqno < newest, in_flight)
         return self.retransmit(list(lost))
@@ -213,11 +221,19 @@ class OutgoingPart:
         return again
 
     def resume(self, received: list[int]) -> None:
-        """On a new connection, queue the blocks again that were in flight and have not arrived."""
+        """Queue the blocks again that were lost, once the peer says what it has.
+
+        On a new connection, what was sent over it before the peer could say so is on its way. A
+        peer that asks once more on a connection lacks what was sent over it.
+        """
         for seq in received:
             if self._states.get(seq, _ACKED) is not _ACKED:
                 self.transition(seq, _ACKED)
-        self.retransmit(list(self._in_flight))
+        lost = list(self._in_flight)
+        if self._connected != self.peer.connected:
+            self._connected = self.peer.connected
+            lost = [seq for seq in lost if self._in_flight[seq].seqno < self._connected]
+        self.retransmit(lost)
 
     def drop(self) -> None:
         """Forget every block; what is being read is not sent any more."""

@@ -134,6 +134,9 @@ class PrefillThread(TransferThread):
         self._refused[room] = (reason, self.now())
         while len(self._refused) > MAX_REFUSED:
             del self._refused[next(iter(self._refused))]
+        transfer = self.rooms.get(room)
+        if transfer is not None and transfer.state is None:  # it was asked for already
+            self._fail(transfer, reason)
 
     def _expect(self, room: int, num_pages: int) -> None:
         transfer = self.rooms.get(room)
