@@ -10,6 +10,7 @@ import zmq
 
 from sgl_kvq.transfer.runtime.event_loop import TransferThread
 from sgl_kvq.transfer.runtime.workers import Job
+from tests.support.simulation.inbound import NoLimits
 from tests.support.simulation.network import Network
 from tests.support.simulation.sockets import Dealer, Router, Socket
 
@@ -47,6 +48,7 @@ class SimulatedEnvironment:
         self.paused_until = 0.0
         self.out_of_descriptors = False
         self.pooled = 0.0
+        self.inbound = NoLimits()
         self.thread: TransferThread
 
     def start(self, thread: TransferThread) -> None:

@@ -173,6 +173,6 @@ class PrefillInstance(Instance):
             "queued": sum(len(peer.round_robin) + len(peer.messages) for peer in peers),
             "in flight": sum(peer.bytes_in_flight for peer in peers),
             "refused": max(0, len(thread._refused) - MAX_REFUSED),
-            "sockets": environment.open_sockets - 1,
+            "sockets": environment.open_sockets - 2,  # it listens, and hears of connections
         }
         return ", ".join(f"{count} {name}" for name, count in held.items() if count)

@@ -31,6 +31,10 @@ class Frame:
     def buffer(self) -> memoryview:
         return memoryview(self.bytes)
 
+    def get(self, option: int) -> int:
+        assert option == zmq.SRCFD
+        return -1
+
 
 class Socket:
     """What all kinds have in common: options are taken, frames of a message come one by one."""
@@ -113,7 +117,7 @@ class Dealer(Socket):
             self.identity = value
 
     def get_monitor_socket(self, events: int) -> Monitor:
-        assert events == zmq.EVENT_DISCONNECTED
+        assert events == zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
         self._monitor = self.environment.open_socket(Monitor(self.environment))
         return self._monitor
 
@@ -202,9 +206,20 @@ class Router(Socket):
         self._outgoing: list[bytes | memoryview] = []
         self._held: list[int] = []
         self._endpoint = ""
+        self._monitor = environment.open_socket(Monitor(environment))
 
     def setsockopt(self, option: int, value: Any) -> None:
         self._options[option] = value
+
+    def get_monitor_socket(self, events: int) -> Monitor:
+        return self._monitor
+
+    def disable_monitor(self) -> None:
+        self._monitor.close()
+
+    def getsockopt_string(self, option: int) -> str:
+        assert option == zmq.LAST_ENDPOINT
+        return self._endpoint
 
     def bind(self, endpoint: str) -> None:
         assert self._options == {zmq.ROUTER_MANDATORY: 1, zmq.ROUTER_HANDOVER: 1}
