@@ -92,6 +92,7 @@ def manager(decode_args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(dp_attention, name, value, raising=False)
     args = SimpleNamespace(
         kv_cache_dtype_str="auto",
+        kv_layout=None,
         kv_item_lens=[1],
         state_item_lens=[],
         system_dp_rank=0,

@@ -211,5 +211,6 @@ def test_models_leave_writing_to_the_backend(monkeypatch: pytest.MonkeyPatch) ->
     pool = make()[0]
     monkeypatch.setattr(utils, "_is_cuda", True)
     monkeypatch.setattr(utils, "get_token_to_kv_pool", lambda: pool)
-    monkeypatch.setattr(utils, "is_prefill_context_parallel_enabled", lambda: False)
+    monkeypatch.setattr(utils, "is_prefill_context_parallel_enabled", lambda: False, raising=False)
+    monkeypatch.setattr(utils, "is_cp_active", lambda batch: False, raising=False)
     assert not utils.enable_fused_set_kv_buffer(SimpleNamespace(dcp_kv_mask=None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import threading
 import time
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
 from tests.support import strangers
 from tests.support.transfer_pair import DecodeSide, PrefillSide, stopped, take_pages, wait_for
 
+READY = ConnectionState.READY
 CONFIG = TransferConfig(deadline_s=20.0, block_bytes=16384, window_bytes=65536)
 NUM_TOKENS = 1000
 MAX_GROWTH_BYTES = 16 * 2**20
@@ -184,3 +187,20 @@ def test_a_prefill_instance_that_is_none(
     print(f"frames of {size} bytes: {peak.growth_bytes / 2**20:.1f} MiB")
     assert "sent more than it was asked for" in reason
     assert peak.growth_bytes <= MAX_GROWTH_BYTES
+
+
+def test_a_connection_heard_of_after_its_welcome_is_not_held_back() -> None:
+    """Both sockets can be readable in one round, and either may come first."""
+    prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
+    with stopped(prefill, decode):
+        decode.announce(1, [prefill.endpoint])
+        connections = decode.thread._connections
+        wait_for(lambda: decode.thread.connection_state(prefill.endpoint)[0] is READY)
+        (connection,) = connections.by_endpoint.values()
+        with socket.socket(fileno=os.dup(connection.descriptor)) as duplicate:
+            before = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            done = threading.Event()
+            decode.thread.post(lambda: connections.on_connected(connection, connection.descriptor))
+            decode.thread.post(done.set)
+            assert done.wait(5)
+            assert duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before > 2**14

@@ -177,7 +177,8 @@ class Connections:
             PROVEN_BYTES if connection.proven else limit,
             on_drop=lambda: self._on_flood(connection),
         )
-        self._inbound.hold(descriptor)
+        if connection.state is ConnectionState.CONNECTING:  # its Welcome may have been read before
+            self._inbound.hold(descriptor)
 
     def release(self, connection: Connection) -> None:
         """The handshake is over: take as much at a time as comes."""
