@@ -211,7 +211,7 @@ class Network:
     def _damage(self, frames: list[bytes]) -> list[bytes]:
         """Flip a bit of a payload, of the headers, or of what kind of message it is."""
         rng = self.world.rng
-        index = rng.randrange(2, len(frames)) if rng.random() < 0.6 else int(rng.random() < 0.8)
+        index = rng.randrange(2, len(frames)) if rng.random() < 0.6 else rng.randrange(2)
         data = bytearray(frames[index])
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         self.world.trace("damage", f"frame {index} of {len(frames)}")
