@@ -32,6 +32,7 @@ FOUND = {
     155: "a connection closed before the new one could be opened",
     201: "a block was written after its request had ended",
     281: "a buffer was filled again while ZeroMQ held it",
+    1741: "a message of blocks that could not be read at all was not asked for again",
     719: "an acknowledgement after the end was an error",
 }
 """Seeds that find a fault when its mend is taken out."""
