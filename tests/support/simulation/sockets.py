@@ -248,8 +248,9 @@ class Router(Socket):
         if wire.inbound:
             self._turns.append(wire)
         if frames[1] == b"C" and b"hello" in frames[2]:
-            wire.greeted = True
-            wire.sent.clear()
+            current = self._wires.get(frames[0], wire)  # an older connection's may be read late
+            current.greeted = True
+            current.sent.clear()
         return frames
 
     def send_multipart(self, frames: list[bytes], flags: int = 0) -> None:
