@@ -153,3 +153,5 @@ def test_the_first_of_two_copies_may_arrive() -> None:
     # Which of the two copies of 1 arrived is not known, so nothing is known of what left between.
     assert part.acknowledge([1], now=0.0) == []
     assert part.acknowledge([3], now=0.0) == [2]
+    part.drop()
+    assert part.acknowledge([2, 4], now=0.0) == []  # late

@@ -240,6 +240,7 @@ class OutgoingPart:
         for seq in list(self._in_flight):
             self._leave_flight(seq, arrived=False)
         self._states.clear()
+        self.tries.clear()
         self._queue.clear()
         self.peer.round_robin.pop(self, None)
         self.peer.parts.discard(self)

@@ -125,6 +125,7 @@ class Wire:
         self.up = Lane(self, dealer.outbox, self._to_router)
         self.down = Lane(self, deque(), self._to_dealer)
         self.greeted = False  # whether the prefill rank has read a Hello from it
+        self.mixed = False  # whether it also read messages of the connection before
         self.sent: set[tuple[int, ...]] = set()  # blocks, since the last one
         path.wires.append(self)
         path.opened += 1
@@ -211,7 +212,7 @@ class Network:
     def _damage(self, frames: list[bytes]) -> list[bytes]:
         """Flip a bit of a payload, of the headers, or of what kind of message it is."""
         rng = self.world.rng
-        index = rng.randrange(2, len(frames)) if rng.random() < 0.6 else int(rng.random() < 0.8)
+        index = rng.randrange(2, len(frames)) if rng.random() < 0.6 else rng.randrange(2)
         data = bytearray(frames[index])
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         self.world.trace("damage", f"frame {index} of {len(frames)}")

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from tests.support.simulation import codec
 from tests.support.simulation.decode_instance import DecodeInstance
 from tests.support.simulation.endings import Endings
-from tests.support.simulation.faults import Faults
+from tests.support.simulation.faults import HALF_OPEN_S, Faults
 from tests.support.simulation.network import Network, Path
 from tests.support.simulation.pools import Content
 from tests.support.simulation.prefill_instance import PrefillInstance
@@ -109,7 +109,8 @@ class Simulation:
             self._look(endings)
             over = world.run(lambda: self._open == 0, endings.limit_s)
             endings.check_all(over)
-            world.run(lambda: False, 1.5 * scenario.deadline_s + 1)
+            late_s = 2 * HALF_OPEN_S if any(f.kind == "half_open" for f in scenario.faults) else 0
+            world.run(lambda: False, 1.5 * scenario.deadline_s + 1 + late_s)
             endings.check_nothing_held()
             endings.check_checksums(checksum_failures() - failures)
         for pool in self.network.pools:

@@ -172,6 +172,7 @@ def draw(seed: int) -> Scenario:
     _draw_rooms(rng, scenario)
     if lone:
         plan = dataclasses.replace(scenario.rooms[0], num_tokens=63, prefix_pages=0, abort=None)
+        plan = dataclasses.replace(plan, prefill_at=0.0, decode_at=0.0, chunk_s=0.0)
         scenario.rooms[:] = [plan]
     _draw_faults(rng, scenario)
     return scenario

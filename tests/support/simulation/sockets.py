@@ -262,9 +262,12 @@ class Router(Socket):
         frames = wire.inbound.popleft()
         if wire.inbound:
             self._turns.append(wire)
+        current = self._wires.get(frames[0], wire)
+        if current is not wire:  # what came over an older connection is read late
+            current.mixed = True
         if frames[1] == b"C" and b"hello" in frames[2]:
-            wire.greeted = True
-            wire.sent.clear()
+            current.greeted = True
+            current.sent.clear()
         return frames
 
     def send_multipart(self, frames: list[bytes], flags: int = 0) -> None:
@@ -302,7 +305,7 @@ class Router(Socket):
                 self.world.violate(
                     f"block {block[2]} of {block[0]} is sent again on {wire.path.name}"
                 )
-            if wire.greeted:
+            if wire.greeted and not wire.mixed:
                 wire.sent.add(block)
 
     def close(self, linger: int | None = None) -> None:
