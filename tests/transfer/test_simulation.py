@@ -1,6 +1,6 @@
 """Transfers in a deterministic simulation: whatever happens, every promise is kept.
 
-`SGL_KVQ_SEEDS=FIRST:COUNT` chooses other seeds; `python -m tests.support.simulation` runs any
+`KVQ_SEEDS=FIRST:COUNT` chooses other seeds; `python -m tests.support.simulation` runs any
 number.
 """
 
@@ -15,7 +15,7 @@ from tests.support.simulation.scenario import draw
 from tests.support.simulation.world import Violation
 
 SEEDS_A_TEST = 100
-FIRST, COUNT = map(int, os.environ.get("SGL_KVQ_SEEDS", "0:1000").split(":"))
+FIRST, COUNT = map(int, os.environ.get("KVQ_SEEDS", "0:1000").split(":"))
 LONG_COUNT = 20_000
 FOUND = {
     6: "a decode rank that cannot undo a codec neither acknowledged nor failed",
