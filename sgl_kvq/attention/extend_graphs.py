@@ -39,6 +39,7 @@ class ExtendGraphs:
 
     Attributes:
         batch: The step's pages, as captured launches read them.
+        planned: Whether the tables hold the step that was planned last.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ExtendGraphs:
         self.batch: ExtendBatch = self._tables.batch
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # torch.cuda.graph_pool_handle(), on a GPU
+        self.planned = False
 
     def plan(
         self,
@@ -65,12 +67,12 @@ class ExtendGraphs:
         Returns:
             Whether it fits; otherwise nothing was done.
         """
-        fills = [one_pass.fills for one_pass in passes]
-        if not self._graphs or not self._fits(plan, passes):
-            return False
-        self._tables.update(plan, fills, req_pool_indices, req_to_token, slots)
-        self._attention.plan_replay(passes[0])
-        return True
+        self.planned = bool(self._graphs) and self._fits(plan, passes)
+        if self.planned:
+            fills = [passes[0].fills]
+            self._tables.update(plan, fills, req_pool_indices, req_to_token, slots)
+            self._attention.plan_replay(passes[0])
+        return self.planned
 
     def _fits(self, plan: ExtendPlan, passes: list[AttentionPass]) -> bool:
         (first, *more) = passes
@@ -105,8 +107,12 @@ class ExtendGraphs:
         self._graphs[key] = graph
 
     def replay(self, key: Hashable) -> bool:
-        """Run a recorded layer on the planned step; False if there is none for this key."""
-        graph = self._graphs.get(key)
+        """Run a recorded layer on the planned step.
+
+        Returns:
+            False if the step does not fit, or nothing was recorded for this key.
+        """
+        graph = self._graphs.get(key) if self.planned else None
         if graph is None:
             return False
         graph.replay()

@@ -85,7 +85,6 @@ class GpuEngine:
         self._extend_graphs: ExtendGraphs | None = None
         if isinstance(self._prefill, CapturableAttention) and not quantized_prefill:
             self._extend_graphs = ExtendGraphs(self._prefill, self._max_pages, device)
-        self._planned_for_graphs = False
 
     def reserve(self, max_batch: int) -> None:
         """Allocate tables and partial results for decode batches; see `AttentionEngine`."""
@@ -113,8 +112,7 @@ class GpuEngine:
             passes = plan_passes(plan.requests, self._max_pages)
             tables = (step.req_pool_indices, self._req_to_token, self._slots)
             graphs = self._extend_graphs
-            self._planned_for_graphs = graphs is not None and graphs.plan(plan, passes, *tables)
-            if graphs is not None and self._planned_for_graphs:
+            if graphs is not None and graphs.plan(plan, passes, *tables):
                 self._extend = (passes, graphs.batch)
                 return
             if self._extend_workspace.reserve(scratch_pages_of(passes)):
@@ -185,7 +183,7 @@ class GpuEngine:
             self._extend_workspace,
             out if layer.basis is None else None,
         )
-        return found if layer.basis is None else change_basis(found, layer.basis.out, out)
+        return _leave_basis(found, layer, out)
 
     def capture_extend(
         self,
@@ -209,7 +207,7 @@ class GpuEngine:
             return
         one_pass, batch = graphs.plan_capture(num_tokens)
         self._extend = ([one_pass], batch)
-        key = _graph_key(q, k, v, layer, out, num_tokens)
+        key = _graph_key(layer, num_tokens, q, k, v, out)
         graphs.capture(key, lambda: self.extend(q, k, v, layer, out))
 
     def replay_extend(
@@ -227,21 +225,13 @@ class GpuEngine:
             Whether it was recorded and the planned step fits; otherwise nothing was done.
         """
         graphs = self._extend_graphs
-        if graphs is None or not self._planned_for_graphs:
-            return False
-        return graphs.replay(_graph_key(q, k, v, layer, out, num_tokens))
+        key = _graph_key(layer, num_tokens, q, k, v, out)
+        return graphs is not None and graphs.replay(key)
 
 
-def _graph_key(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layer: LayerSpec,
-    out: torch.Tensor,
-    num_tokens: int,
-) -> tuple[int, ...]:
-    """What a recorded layer depends on: its addresses and the most tokens."""
-    return (layer.layer_id, num_tokens, *(x.data_ptr() for x in (q, k, v, out)))
+def _graph_key(layer: LayerSpec, num_tokens: int, *tensors: torch.Tensor) -> tuple[int, ...]:
+    """What a recorded layer depends on: the most tokens and its addresses."""
+    return (layer.layer_id, num_tokens, *(x.data_ptr() for x in tensors))
 
 
 def _check_layers(layers: list[LayerSpec]) -> None:
@@ -282,6 +272,8 @@ def _enter_basis(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _leave_basis(out: torch.Tensor, layer: LayerSpec) -> torch.Tensor:
-    """Take outputs [tokens, heads, head_dim] back to the model's basis."""
-    return out if layer.basis is None else change_basis(out, layer.basis.out)
+def _leave_basis(
+    found: torch.Tensor, layer: LayerSpec, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Take outputs [tokens, heads, head_dim] back to the model's basis, in `out` if it is given."""
+    return found if layer.basis is None else change_basis(found, layer.basis.out, out)

@@ -55,8 +55,6 @@ def warm_up(
             _extend(engine, layers, prefix_len, fresh_len, device)
     for batch in {1, max_batch}:  # few requests are merged by another kernel than many
         _decode(engine, layers, batch, device)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize(device)
     if torch.cuda.is_available():  # else interpreted
         torch.cuda.synchronize(device)
     logger.info("--kv-quant: attention kernels ready after %.1f s", time.perf_counter() - began)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
-from sgl_kvq.kernels.common.upload import upload_columns
+from sgl_kvq.kernels.common.upload import copy_from_host, upload_columns
 from sgl_kvq.kernels.extend.flashinfer_attention import FlashInferAttention
 from sgl_kvq.kernels.extend.passes import AttentionPass, IntArray
 from sgl_kvq.kernels.extend.prefill_attention import AttentionShape, PrefillAttention
@@ -123,10 +123,7 @@ class FlashAttention3:
         for row, indptr in zip(lens, (step.qo_indptr, step.kv_indptr), strict=True):
             row[: len(indptr)] = indptr
             row[len(indptr) :] = indptr[-1]  # sequences of no tokens
-        host = torch.from_numpy(lens)
-        if self._captured.is_cuda:
-            host = host.pin_memory()
-        self._captured.copy_(host, non_blocking=True)
+        copy_from_host(self._captured, lens)
         longest_q, longest_k = (int(np.diff(x).max()) for x in (step.qo_indptr, step.kv_indptr))
         cu_seqlens_q, cu_seqlens_k = self._captured
         self._planned = [PlannedPass(cu_seqlens_q, longest_q, cu_seqlens_k, longest_k, None, None)]

@@ -9,6 +9,7 @@ import torch
 
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.kernels.append.touched import TouchedPages
+from sgl_kvq.kernels.common.upload import copy_from_host
 from sgl_kvq.kernels.extend.passes import ExtendPlan, FillPlan, IntArray, ScratchFills
 from sgl_kvq.memory_pool.storage import PagedCache, SlotMaps
 
@@ -150,11 +151,9 @@ class ExtendTables:
             req_to_token: int32 [requests, context], token slots by position.
             slots: Which page has which slot.
         """
-        host = torch.zeros(len(self._columns), dtype=torch.int32)
-        self._fill(host.numpy(), plan, fills)
-        if self._columns.is_cuda:
-            host = host.pin_memory()
-        self._columns.copy_(host, non_blocking=True)
+        host = np.zeros(len(self._columns), np.int32)
+        self._fill(host, plan, fills)
+        copy_from_host(self._columns, host)
         request, index, is_first = (
             self._columns[self._slices[name]] for name in ("request", "page", "is_first")
         )
@@ -175,26 +174,22 @@ class ExtendTables:
             for begin, part in zip(np.cumsum([0, *room]), parts, strict=False):
                 column[begin : begin + len(part)] = part
 
-        closed = [fill.touched < 0 for fill in fills]
-        copied = [fill.touched >= 0 for fill in fills]
+        closed = [fill.where(fill.touched < 0) for fill in fills]
+        copied = [fill.where(fill.touched >= 0) for fill in fills]
         pages = (sizes.touched, *sizes.closed)
-        which = [fill.request[m] for fill, m in zip(fills, closed, strict=True)]
-        index = [touched.page, *(fill.page[m] for fill, m in zip(fills, closed, strict=True))]
-        write("request", [touched.request, *which], pages)
+        index = [touched.page, *(fill.page for fill in closed)]
+        write("request", [touched.request, *(fill.request for fill in closed)], pages)
         write("page", index, pages)
         write("is_first", [(page == 0).astype(np.int32) for page in index], pages)
         for name in ("first", "end", "start"):
             write(name, [getattr(touched, name)], (sizes.touched,))
         write("prior", [touched.resumed], (sizes.touched,))
         write("resumed", [plan.resumed], (sizes.resumed,))
-        targets = [fill.target[m] for fill, m in zip(fills, closed, strict=True)]
-        write("target", targets, sizes.closed)
-        host[self._slices["num_pages"]] = [int(m.sum()) for m in closed]
+        write("target", [fill.target for fill in closed], sizes.closed)
+        host[self._slices["num_pages"]] = [len(fill.page) for fill in closed]
         host[self._slices["copied"]] = -1
-        rows = [fill.touched[m] for fill, m in zip(fills, copied, strict=True)]
-        write("copied", rows, sizes.copied)
-        rows = [fill.target[m] for fill, m in zip(fills, copied, strict=True)]
-        write("row_target", rows, sizes.copied)
+        write("copied", [fill.touched for fill in copied], sizes.copied)
+        write("row_target", [fill.target for fill in copied], sizes.copied)
 
 
 def upload_extend(

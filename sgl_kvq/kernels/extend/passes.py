@@ -98,6 +98,10 @@ class FillPlan:
     touched: IntArray
     target: IntArray
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> FillPlan:
+        """The entries that a mask [n] chooses."""
+        return FillPlan(self.request[mask], self.page[mask], self.touched[mask], self.target[mask])
+
 
 @dataclass(frozen=True)
 class ScratchFills:
