@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 15.0
 LOG_TAIL_LINES = 8
 PR_SET_PDEATHSIG = 1
+PORTS = range(20_000, 32_000)
+_handed_out: set[int] = set()
 
 
 class ServerError(RuntimeError):
@@ -135,10 +138,21 @@ def dtype_flags() -> list[str]:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
+    """Return a TCP port of the loopback interface that nobody listens on, another one each time.
+
+    A server binds its port minutes after it was chosen. So it is none of those that Linux gives to
+    whoever asks for any port, 32,768 and up: libraries of servers that start meanwhile do ask.
+    """
+    while True:
+        port = secrets.choice(PORTS)
+        if port not in _handed_out and _is_free(port):
+            _handed_out.add(port)
+            return port
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def log_tail(path: Path, lines: int = LOG_TAIL_LINES) -> str:
