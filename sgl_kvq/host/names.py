@@ -89,6 +89,11 @@ DECODE_MANAGER = f"{_PREALLOC_QUEUE}._init_kv_manager"
 CREATE_SENDER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender"
 CREATE_RECEIVER = f"{_PREALLOC_QUEUE}._create_receiver_and_enqueue"
 DECODE_PREALLOC = f"{_PREALLOC_QUEUE}._pre_alloc"
+UPDATE_WEIGHTS = tuple(
+    "sglang.srt.managers.scheduler_components.weight_updater"
+    f".SchedulerWeightUpdaterManager.update_weights_from_{source}"
+    for source in ("disk", "distributed", "tensor", "ipc")
+)
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 METRICS_REPORTER = (
     "sglang.srt.managers.scheduler_components.metrics_reporter"

@@ -167,8 +167,19 @@ def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
     manager = original(queue)
     if queue.transfer_backend.value == TRANSFER_BACKEND:
         scheduler = queue.scheduler
+        scheduler.kvq_manager = manager
         manager.start(queue.token_to_kv_pool, scheduler.model_config, scheduler.forward_stream)
     return manager
+
+
+def _update_weights(original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    manager = getattr(updater.scheduler, "kvq_manager", None)
+    if manager is not None:
+        manager.weights.begin_update()
+    result = original(updater, request)
+    if manager is not None and result.success and request.weight_version is not None:
+        manager.weights.name(request.weight_version)
+    return result
 
 
 def _create_sender(
@@ -212,6 +223,10 @@ HOOKS = (
     Hook(host.DECODE_MANAGER, _start_manager, "the transfer thread of a PD decode instance"),
     Hook(host.CREATE_SENDER, _create_sender, "the prompt of a PD transfer, at the sender"),
     Hook(host.CREATE_RECEIVER, _create_receiver, "the same at the receiver, to be compared"),
+    *(
+        Hook(target, _update_weights, "which weights a PD instance serves")
+        for target in host.UPDATE_WEIGHTS
+    ),
     Hook(host.METRICS_REPORTER, _start_metrics, "our gauges, beside SGLang's"),
     Hook(host.LOG_STATS, _log_stats, "their values, whenever SGLang sets its own"),
 )

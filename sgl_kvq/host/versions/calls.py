@@ -14,6 +14,7 @@ from typing import Any
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 _PAGED = "sglang.srt.mem_cache.allocator.paged"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
 _CONN = "sglang.srt.disaggregation.common.conn"
 
 CALLED: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,10 @@ CALLED: dict[str, tuple[str, ...]] = {
     f"{_CONN}:CommonKVReceiver": ("mgr", "bootstrap_addr", "bootstrap_room"),
     f"{_CONN}:CommonKVReceiver.init": ("self", "prefill_dp_rank"),
     "sglang.srt.disaggregation.utils:get_kv_class": ("transfer_backend", "class_type"),
+    f"{_WEIGHTS}.update_weights_from_disk": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_distributed": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_tensor": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_ipc": ("self", "recv_req"),
 }
 """Function or class of SGLang that we call or wrap, and the arguments we name or pass in order."""
 
