@@ -111,13 +111,15 @@ def plot_tasks(rows: list[dict[str, str]], path: Path) -> None:
             found = [row for row in own if (row["system"], row["calibration"]) == system]
             offset = (i - len(systems) / 2 + 0.5) * width
             shares = [int(row["passed"]) / int(row["n"]) for row in found]
-            errors = [(float(row["high"]) - float(row["low"])) / 2 for row in found]
+            ends = [(float(row["low"] or 0), float(row["high"] or 0)) for row in found]
+            errors = [(high - low) / 2 for low, high in ends]
             places = [tasks.index(row["task"]) + offset for row in found]
             name = ", ".join(filter(None, system))
             axes.bar(places, shares, width, yerr=errors, ecolor="grey", label=name)
         axes.set_xticks(range(len(tasks)), tasks)
-        axes.set(title=f"{model}, {own[0]['device']}", ylabel="share of right answers", ylim=(0, 1))
-        axes.legend(ncols=4, fontsize="small")
+        axes.set(title=f"{model}, {own[0]['device']}", ylabel="share of right answers")
+        axes.set(ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1])
+        axes.legend(ncols=5, fontsize="small", loc="upper center")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -14,22 +14,25 @@ Usage: python -m benchmarks.tasks --model DIR [--systems bf16 kvq2 hack2] [--tas
 Every system is a server of its own and answers all prompts greedily. Graded answers are written
 as they come into a file of JSON lines beside the CSV: run again, the command asks what is missing,
 and starts no server for rows that are in the CSV. `bf16`, stock SGLang, is always asked, since
-all rows are paired with it. A system's name may end in `#2`: the same server once more, so
+all rows are paired with it. A system is a name and flags of its own, as in
+`"kvq2 --kv-quant-prefill quantized"`. The name may end in `#2`: the same server once more, so
 `bf16#2` shows what chance changes (batches differ, and with them the last bits of sums). To
 measure formats with a file and without, run twice with the same `--out`.
 
 On one GPU with little time, Qwen2.5-Coder-1.5B in seven systems, two servers at a time: one starts
-while the other answers. 28 KiB a token in 16 bits, so each gets the bytes of 1,500,000 tokens.
+while the other answers. The KV memory of each is 28 GB: a token takes 28 KiB in 16 bits.
 
     python -m benchmarks.tasks --model qwen2.5-coder-1.5b --calibration kvq.safetensors \
-        --systems bf16 hack4 kvq4 kvq2 hack2 kivi2 saw4 --concurrency 128 --kv-tokens 1500000 \
+        --systems bf16 hack4 kvq4 kvq2 hack2 kivi2 saw4 --concurrency 128 --kv-tokens 1000000 \
         --at-once 2 --budget-s 550
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -128,13 +131,14 @@ class Bench:
         if todo and left_s > 0:
             flags = self._server_flags(system)
             print(f"{system}: {len(todo)} prompts, {shlex.join(flags)}", flush=True)
-            log = self._args.out.parent / f"server-{system}.log"
+            log = self._args.out.parent / f"server-{re.sub('[^a-z0-9#.]+', '-', system)}.log"
             try:
                 with launch_server(self._args.model, flags, log, min(START_S, left_s)) as server:
                     begin = time.monotonic()
                     self._ask(system, server.url, todo)
                     asked_s = time.monotonic() - begin
-                    print(f"{system}: started {server.start_s:.0f} s, asked {asked_s:.0f} s")
+                    took = f"started in {server.start_s:.0f} s, asked for {asked_s:.0f} s"
+                    print(f"{system}: {took}", flush=True)
             except ServerError as error:
                 print(f"{system}: {error}", file=sys.stderr, flush=True)
         if left := len(self.todo(system)):
@@ -164,6 +168,8 @@ class Bench:
                     if self._has_row(system, task) or None in grades or None in reference:
                         continue
                     row = self._identity(system, task) | result_columns(prompts, grades, reference)
+                    if system == STOCK:  # is the reference
+                        row |= dict.fromkeys(("low", "high", "p"), "")
                     row |= self._made_by
                     self._rows[_key(row)] = row
             if self._rows:
@@ -179,22 +185,24 @@ class Bench:
 
     def _source(self, system: str) -> Source:
         args = self._args
-        takes_file = calibration_flags(_base(system), args.calibration)
+        takes_file = calibration_flags(_name_and_flags(system)[0], args.calibration)
         calibration = args.calibration.name if takes_file else ""
         return Source(args.model.name, system, calibration, self._made_by["device"])
 
     def _server_flags(self, system: str) -> list[str]:
-        args, base = self._args, _base(system)
+        args = self._args
+        name, own_flags = _name_and_flags(system)
         flags = [*COMMON_FLAGS.split(), *dtype_flags()]
-        flags += server_flags(base, self._shape, args.kv_tokens, args.mem_fraction)
-        flags += calibration_flags(base, args.calibration)
+        flags += server_flags(name, self._shape, args.kv_tokens, args.mem_fraction)
+        flags += calibration_flags(name, args.calibration)
         flags += ["--max-running-requests", str(args.concurrency)]
-        return flags + shlex.split(args.server_args)
+        return [*flags, *shlex.split(args.server_args), *own_flags]
 
 
-def _base(system: str) -> str:
-    """Return what is served under a name."""
-    return system.partition("#")[0]
+def _name_and_flags(system: str) -> tuple[str, list[str]]:
+    """Split a system of the command line; what distinguishes repetitions is left out."""
+    name, *flags = shlex.split(system)
+    return name.partition("#")[0], flags
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -208,7 +216,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face folder")
     add("--systems", nargs="+", default=["kvq4", "kvq2"], metavar="SYSTEM",
-        help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant")  # fmt: skip
+        help="bf16 and fp8 are stock SGLang, any other is a value of --kv-quant; flags may "
+        "follow in the same word")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: all")
     add("--calibration", type=Path, help="file of bases, for systems that take one")
     add("--wordings", type=int, choices=range(1, len(WORDINGS) + 1), default=len(WORDINGS),
@@ -249,4 +258,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # answers are written, servers die with us
     sys.exit(main(sys.argv[1:]))

@@ -68,7 +68,11 @@ async def _ask_all(
 
 
 async def _generate(client: httpx.AsyncClient, url: str, prompt: Prompt) -> dict[str, Any]:
-    """Return SGLang's reply to one prompt."""
+    """Return SGLang's reply to one prompt.
+
+    Raises:
+        ServerError: there is no whole answer.
+    """
     case = prompt.case
     sampling = {"temperature": 0, "max_new_tokens": case.max_tokens, "stop": list(case.stop)}
     payload = {"input_ids": prompt.ids, "sampling_params": sampling}
@@ -77,4 +81,7 @@ async def _generate(client: httpx.AsyncClient, url: str, prompt: Prompt) -> dict
         response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerError(f"{case.task}, {case.name}: {error!r}") from error
-    return dict(response.json())
+    reply: dict[str, Any] = response.json()
+    if reply["meta_info"]["finish_reason"]["type"] == "abort":
+        raise ServerError(f"{case.task}, {case.name}: {reply['meta_info']['finish_reason']}")
+    return reply

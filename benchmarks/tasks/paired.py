@@ -55,23 +55,26 @@ class Comparison:
 def compare(pairs: Sequence[Pair]) -> Comparison:
     """Compare a system with the reference; groups, not pairs, are taken as independent.
 
-    With every pair a group of its own, `p` is McNemar's exact test and the interval that of Wald.
+    With every pair a group of its own, `p` is McNemar's exact test and the interval that of Agresti
+    and Min (2005): Wald's with half a pair added to each of the four cells, so that it does not
+    vanish with the differences. Groups add so much of their mean size.
     """
     sums: dict[str, int] = defaultdict(int)
     for pair in pairs:
         sums[pair.group] += pair.passed - pair.reference_passed
     differences = list(sums.values())
-    mean = sum(differences) / len(differences)
-    squares = sum((difference - mean) ** 2 for difference in differences)
-    half = NORMAL_95 * math.sqrt(squares)
+    total, size = sum(differences), len(pairs) / len(differences)
+    squares = sum(difference**2 for difference in differences) + size**2
+    half = NORMAL_95 * math.sqrt(squares - total**2 / (len(differences) + 2))
+    padded = len(pairs) + 2 * size
     return Comparison(
         n=len(pairs),
         passed=sum(pair.passed for pair in pairs),
         bf16_passed=sum(pair.reference_passed for pair in pairs),
         lost=sum(pair.reference_passed and not pair.passed for pair in pairs),
         won=sum(pair.passed and not pair.reference_passed for pair in pairs),
-        low=(sum(differences) - half) / len(pairs),
-        high=(sum(differences) + half) / len(pairs),
+        low=(total - half) / padded,
+        high=(total + half) / padded,
         p=sign_test(differences),
     )
 

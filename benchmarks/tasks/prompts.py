@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.tasks import copying, humaneval, json_objects, needles
@@ -47,16 +48,15 @@ def make_prompts(
         limit: Cases of a row.
     """
     makers: dict[str, Callable[[], list[Case]]] = {
-        humaneval.TASK: lambda: humaneval.cases(wordings),
+        humaneval.TASK: partial(humaneval.cases, wordings),
         copying.TASK: copying.cases,
         json_objects.TASK: json_objects.cases,
     }
-    lengths = [tokens for tokens in needle_tokens if tokens <= context_tokens]
-    for tokens in lengths:
-        makers[f"{needles.ONE}-{tokens}"] = lambda n=tokens: needles.cases_of_one(tokenizer, n)
-        makers[f"{needles.SEVERAL}-{tokens}"] = lambda n=tokens: needles.cases_of_several(
-            tokenizer, n
-        )
+    for tokens in needle_tokens:
+        if tokens <= context_tokens:
+            one = partial(needles.cases_of_one, tokenizer, tokens)
+            several = partial(needles.cases_of_several, tokenizer, tokens)
+            makers |= {f"{needles.ONE}-{tokens}": one, f"{needles.SEVERAL}-{tokens}": several}
     prompts = {
         row: [make_prompt(case, tokenizer) for case in make()[:limit]]
         for row, make in makers.items()

@@ -44,13 +44,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "of bf16's": row["bf16_passed"],
             "lost": row["lost"],
             "won": row["won"],
-            "won - lost, 95%": f"{float(row['low']):+.1%} to {float(row['high']):+.1%}",
+            "won - lost, 95%": interval(row),
             "p": row["p"],
             "similarity": row["similarity"],
         }
         for row in sorted(rows, key=lambda row: (row["model"], order.index(row["task"])))
     ]
     return str(tabulate(cells, headers="keys", tablefmt="github"))
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Return the interval of what sets a system off bf16, nothing for bf16 itself."""
+    return f"{float(row['low']):+.1%} to {float(row['high']):+.1%}" if row["low"] != "" else ""
 
 
 def label(row: dict[str, Any]) -> str:

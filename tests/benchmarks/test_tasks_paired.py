@@ -37,9 +37,10 @@ def test_independent_pairs_are_mcnemars_exact_test(lost: int, won: int) -> None:
     assert (found.passed, found.bf16_passed) == (50 + won, 50 + lost)
     expected = binomtest(won, lost + won).pvalue if lost + won else 1.0
     assert found.p == pytest.approx(expected)
-    # Wald's interval of a difference of paired shares.
-    n, difference = found.n, (won - lost) / found.n
-    error = ((lost + won) / n - difference**2) ** 0.5 / n**0.5
+    # Wald's interval of a difference of paired shares, of a table with half a pair more a cell.
+    n, lost_more, won_more = found.n + 2, lost + 0.5, won + 0.5
+    difference = (won_more - lost_more) / n
+    error = ((lost_more + won_more) / n - difference**2) ** 0.5 / n**0.5
     assert (found.low + found.high) / 2 == pytest.approx(difference)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=1e-4)
 
@@ -120,7 +121,8 @@ class FakeServer(BaseHTTPRequestHandler):
         length = len(body["input_ids"])
         if length == 100:
             time.sleep(20)
-        meta = {"completion_tokens": 1, "cached_tokens": 0, "finish_reason": {"type": "stop"}}
+        reason = "abort" if length == 400 else "stop"
+        meta = {"completion_tokens": 1, "cached_tokens": 0, "finish_reason": {"type": reason}}
         reply = json.dumps({"text": "yes" if length < 10 else "no", "meta_info": meta}).encode()
         self.send_response(500 if length == 500 else 200)
         self.send_header("Content-Length", str(len(reply)))
@@ -172,6 +174,14 @@ def test_what_is_answered_in_time_is_kept(url: str) -> None:
 def test_a_refused_request_is_named(url: str) -> None:
     with pytest.raises(ServerError, match=r"task, 1: .*500"):
         ask_all(url, sized([3, 500, 3]), 1, 30.0, lambda *_: None)
+
+
+def test_an_aborted_answer_is_not_graded(url: str) -> None:
+    """A server that has no room for a request has not answered wrongly."""
+    found: list[str] = []
+    with pytest.raises(ServerError, match=r"task, 1: .*abort"):
+        ask_all(url, sized([3, 400]), 1, 30.0, lambda p, *_: found.append(p.case.name))
+    assert found == ["0"]
 
 
 class Served:
@@ -246,6 +256,17 @@ def test_rows_need_no_answers_but_new_systems_need_bf16s(
     run(served, tiny_model_path, out, "--systems", "hack4", "bf16#2")
     assert served.asked == {"bf16": 10, "bf16#2": 10}
     assert served.flags["bf16#2"] == served.flags["bf16"]
+
+
+def test_a_system_may_have_flags_of_its_own(
+    served: Served, tiny_model_path: str, tmp_path: Path
+) -> None:
+    out, system = tmp_path / "tasks.csv", "kvq2#2 --kv-quant-prefill quantized"
+    served.right["kvq2#2-kv-quant-prefill-quantized"] = True
+    run(served, tiny_model_path, out, "--systems", "kvq2", system)
+    plain, own = served.flags["kvq2"], served.flags["kvq2#2-kv-quant-prefill-quantized"]
+    assert own == [*plain, "--kv-quant-prefill", "quantized"]
+    assert {row["system"] for row in read_csv(out)} == {"bf16", "kvq2", system}
 
 
 def test_with_and_without_a_file_are_two_measurements(
