@@ -64,9 +64,9 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 
 def test_a_loop_and_a_sleep_end() -> None:
     begin = time.monotonic()
-    assert not passes("while True: pass", cpu_s=1)
-    assert not passes("import time; time.sleep(60)", wall_s=2.0)
-    assert time.monotonic() - begin < 20
+    assert not passes("while True: pass", cpu_s=1, wall_s=180.0)
+    assert not passes("import time; time.sleep(180)", wall_s=2.0)
+    assert time.monotonic() - begin < 180
 
 
 def test_output_without_end_fills_no_memory() -> None:

@@ -100,12 +100,13 @@ def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Answers `/generate` by the length of the prompt: "yes" below 10 tokens."""
+    """Answers `/generate` by the length of the prompt: "yes" below 10 tokens, 100 not at once."""
 
     protocol_version = "HTTP/1.1"
     running = 0
     most_running = 0
     lock = threading.Lock()
+    released: threading.Event
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -115,12 +116,12 @@ class FakeServer(BaseHTTPRequestHandler):
         with cls.lock:
             cls.running += 1
             cls.most_running = max(cls.most_running, cls.running)
-        time.sleep(0.02)
+        time.sleep(0.1)
         with cls.lock:
             cls.running -= 1
         length = len(body["input_ids"])
         if length == 100:
-            time.sleep(20)
+            cls.released.wait()
         reason = "abort" if length == 400 else "stop"
         meta = {"completion_tokens": 1, "cached_tokens": 0, "finish_reason": {"type": reason}}
         reply = json.dumps({"text": "yes" if length < 10 else "no", "meta_info": meta}).encode()
@@ -135,11 +136,13 @@ class FakeServer(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     FakeServer.running = FakeServer.most_running = 0
+    FakeServer.released = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
+    FakeServer.released.set()
     server.shutdown()
     thread.join()
 
@@ -165,10 +168,8 @@ def test_all_are_asked_and_graded(url: str) -> None:
 
 def test_what_is_answered_in_time_is_kept(url: str) -> None:
     found: list[str] = []
-    begin = time.monotonic()
-    ask_all(url, sized([100, 3, 3]), 2, 2.0, lambda p, *_: found.append(p.case.name))
+    ask_all(url, sized([100, 3, 3]), 2, 5.0, lambda p, *_: found.append(p.case.name))
     assert sorted(found) == ["1", "2"]
-    assert time.monotonic() - begin < 10
 
 
 def test_a_refused_request_is_named(url: str) -> None:
