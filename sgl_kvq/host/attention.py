@@ -86,7 +86,7 @@ class KvqAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        spec = self._layers[layer.layer_id]
+        spec = self._spec_of(layer)
         rows = _split_heads(q, k, v, spec, save_kv_cache, kwargs)
         return self.engine.decode(*rows, spec).flatten(1).to(q.dtype)
 
@@ -101,7 +101,7 @@ class KvqAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        spec = self._layers[layer.layer_id]
+        spec = self._spec_of(layer)
         rows = _split_heads(q, k, v, spec, save_kv_cache, kwargs)
         found = prefill_graph_output(forward_batch)
         if found is None or found.dtype != spec.layout.row_dtype:
@@ -112,6 +112,21 @@ class KvqAttnBackend(AttentionBackend):
         elif not engine.replay_extend(*rows, spec, out, len(forward_batch.input_ids)):
             engine.extend(*rows, spec, out)
         return found
+
+    def _spec_of(self, layer: Any) -> LayerSpec:
+        """What was known of a layer (SGLang's `RadixAttention`) at start.
+
+        Raises:
+            KvqError: its scores are scaled by another factor now.
+        """
+        spec = self._layers[layer.layer_id]
+        if layer.scaling != spec.sm_scale:
+            raise KvqError(
+                f"attention backend kvq: layer {layer.layer_id} scales its scores by "
+                f"{layer.scaling}, by {spec.sm_scale} when it was built, which is not supported; "
+                f"run this model without --kv-quant"
+            )
+        return spec
 
     @override
     def support_triton(self) -> bool:

@@ -113,6 +113,8 @@ def check_layers(model: Any) -> list[Any]:
         ConfigError: names the layer and the property.
     """
     layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    # SGLang's wrapper of Hugging Face models keeps them in a dict, which `modules` does not see.
+    layers += getattr(model, "attention_instances", {}).values()
     ids = [layer.layer_id for layer in layers]
     if not layers or len(set(ids)) != len(ids):
         raise ConfigError(

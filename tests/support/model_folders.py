@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 SIZES = {
     "hidden_size": 256,
@@ -27,19 +19,57 @@ SIZES = {
     # Five times the usual spread: otherwise attention is uniform and no KV error shows.
     "initializer_range": 0.1,
 }
+# Every expert is chosen for every token: rounding would change the choice.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 4}
+EXPERT_SIZE = {"moe_intermediate_size": 256}
 
-# Name: (configuration class, what sets the family apart from a Llama with two KV heads).
-FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "llama-mha": (LlamaConfig, {"num_key_value_heads": 4}),
-    "qwen2": (Qwen2Config, {}),  # biases on Q, K and V
-    "qwen3": (Qwen3Config, {"head_dim": 128}),  # norms on Q and K
-    "qwen3-moe": (  # asks the backend for its pool; all experts, since rounding changes the choice
-        Qwen3MoeConfig,
-        {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "arcee": ("ArceeConfig", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 1.0}),
+    "ernie4.5": ("Ernie4_5Config", {}),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 4, "moe_num_shared_experts": 1} | EXPERT_SIZE,
     ),
-    "mistral": (MistralConfig, {"sliding_window": None}),
+    "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "gemma": ("GemmaConfig", {}),
+    "glm4": ("Glm4Config", {}),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+        | EXPERT_SIZE,
+    ),
+    "gpt-bigcode": ("GPTBigCodeConfig", {}),
+    "granite": (
+        "GraniteConfig",
+        {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "granite-moe": ("GraniteMoeConfig", {"attention_multiplier": 0.1} | LOCAL_EXPERTS),
+    "hunyuan": ("HunYuanDenseV1Config", {}),
+    "minimax-m2": ("MiniMaxM2Config", LOCAL_EXPERTS),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mixtral": ("MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS),
+    "olmo": ("OlmoConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmoe": ("OlmoeConfig", EXPERTS),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi-moe": ("PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}),
+    "qwen2": ("Qwen2Config", {}),  # biases on Q, K and V
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {"shared_expert_intermediate_size": 256} | EXPERTS | EXPERT_SIZE,
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 128}),  # norms on Q and K
+    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS | EXPERT_SIZE),  # asks the backend for its pool
+    "smollm3": ("SmolLM3Config", {}),  # of those that SGLang serves with transformers' model
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
 }
+"""Name: configuration class, and what sets the family apart from a Llama with two KV heads."""
 
 
 def make_model(
@@ -57,8 +87,8 @@ def make_model(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     config_class, special = FAMILIES[family]
     common = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "dtype": dtype}
-    common["eos_token_id"] = tokenizer.eos_token_id  # grammars need one
-    config = config_class(**{**SIZES, **common, **special, **changes})
+    common["eos_token_id"] = common["pad_token_id"] = tokenizer.eos_token_id  # grammars need one
+    config = getattr(transformers, config_class)(**{**SIZES, **common, **special, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for name, weight in model.named_parameters():
