@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity.corpora import segments
-from benchmarks.fidelity.history import FormatHistory
-from benchmarks.fidelity.teacher import Teacher
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher
 
 CITIES = (
     "Paris",

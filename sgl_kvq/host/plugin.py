@@ -6,10 +6,14 @@ only when it is on.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from sgl_kvq.errors import HostError
+from sgl_kvq.errors import HostError, KvqError
 from sgl_kvq.host import names as host
 from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND
 from sgl_kvq.host.options import quant_config
@@ -110,6 +114,26 @@ def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: 
     from sgl_kvq.host.sizing import build_allocator
 
     return build_allocator(configurator, kwargs["token_to_kv_pool"])
+
+
+def _init_cuda_graphs(original: Callable[..., Any], scheduler: Any) -> None:
+    original(scheduler)
+    if quant_config(scheduler.server_args) is not None:
+        from sgl_kvq.host.start_check import check_loss
+
+        try:
+            check_loss(scheduler)
+        except KvqError as error:
+            _end_rank(f"error: {error}")
+
+
+def _end_rank(line: str) -> NoReturn:
+    """End the process of a rank with one line, and the server that started it as SGLang does."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getppid(), signal.SIGQUIT)
+    sys.exit(1)
 
 
 def _alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +239,7 @@ HOOKS = (
     Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
     Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
     Hook(host.BUILD_ALLOCATOR, _build_allocator, "the allocator, of open slots and sink rows too"),
+    Hook(host.INIT_CUDA_GRAPHS, _init_cuda_graphs, "what the format loses, before it serves"),
     Hook(host.ALLOC_EXTEND, _alloc_extend, "the prefix cache that our allocator may evict from"),
     Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),
     Hook(host.SUPPORT_TRITON, _support_triton, "PyTorch helpers instead of Triton ones on a CPU"),
