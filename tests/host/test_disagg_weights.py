@@ -49,8 +49,9 @@ def ask(manager: Any, prefill: PrefillThread, room: int) -> str:
     if reasons:
         wait_for(lambda: request.poll() == KVPoll.Failed)
         assert manager.failure_records[room] == f"prefill instance gave up: {reasons[0]}"
-    request.clear()
-    return "".join(reasons)
+    reason = "".join(reasons)
+    request.clear()  # gives up, which the prefill rank hears
+    return reason
 
 
 def test_an_update_without_a_name_is_another_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from sgl_kvq.transfer.decode.connections import ConnectionState
 from sgl_kvq.transfer.options import TransferConfig
-from sgl_kvq.transfer.runtime.environment import Environment
+from sgl_kvq.transfer.runtime.environment import MAX_QUEUED_MESSAGES, Environment
 from tests.support import strangers
 from tests.support.transfer_pair import DecodeSide, PrefillSide, stopped, take_pages, wait_for
 
@@ -204,6 +206,29 @@ def test_one_look_at_a_stranger_does_not_put_off_the_next() -> None:
             began = time.monotonic()
             environment.wait(5.0)  # looks at it
             assert time.monotonic() - began < 2.0
+    environment.close()
+
+
+@pytest.mark.long
+def test_a_connection_that_breaks_while_messages_wait_ends_no_process() -> None:
+    """ZeroMQ's heartbeats did, once one was due."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("forkserver").Process(target=never_read, args=(theirs,))
+    process.start()
+    with strangers.connect(ours.recv(), 5.0) as sock:
+        for _ in range(4 * MAX_QUEUED_MESSAGES):
+            sock.sendall(strangers.frame(b"x", False))
+        time.sleep(0.5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets
+    process.join()
+    assert process.exitcode == 0
+
+
+def never_read(pipe: Connection) -> None:
+    environment = Environment()
+    router = environment.make_socket(zmq.ROUTER)
+    pipe.send(router.bind_to_random_port("tcp://127.0.0.1"))
+    time.sleep(7.0)
     environment.close()
 
 

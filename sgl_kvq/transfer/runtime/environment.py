@@ -19,6 +19,8 @@ MAX_QUEUED_MESSAGES = 4
 """Messages of a connection that wait for the transfer thread; others wait in the kernel."""
 MAX_UNSENT_MESSAGES = 8192
 """Messages for a peer that does not read; their bytes are bounded by its window."""
+KEEPALIVE_S = 5
+"""Whoever gives no sign of life for three times as long is gone."""
 CHECK_PEERS_S, CHECK_STRANGERS_S = 0.005, 0.001
 """Time between two looks at what came in, if all of it came from peers and otherwise."""
 
@@ -50,7 +52,11 @@ class Environment:
     """So many unpredictable bytes."""
 
     def make_socket(self, kind: int) -> zmq.Socket[bytes]:
-        """A socket without linger, with heartbeats, that drops a peer with oversized frames."""
+        """A socket without linger that drops a peer that is gone or sends oversized frames.
+
+        The kernel finds out who is gone: ZeroMQ 4.3.5 ends the process if its own heartbeat is due
+        on a connection that broke while messages of it waited to be read.
+        """
         socket = self.context.socket(kind)
         socket.linger = 0
         socket.rcvhwm, socket.sndhwm = MAX_QUEUED_MESSAGES, MAX_UNSENT_MESSAGES
@@ -58,8 +64,11 @@ class Environment:
             socket.maxmsgsize, socket.rcvbuf = MAX_MESSAGE_BYTES, HELD_BUFFER_BYTES
         else:
             socket.maxmsgsize = MAX_BLOCK_BYTES
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
+        socket.setsockopt(zmq.TCP_MAXRT, 3000 * KEEPALIVE_S)  # likewise, while bytes are on the way
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         return socket

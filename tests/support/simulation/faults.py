@@ -12,7 +12,7 @@ from tests.support.simulation.scenario import Fault
 _T = TypeVar("_T")
 _TRAPS = (b"done", b"done", b"request", b"ack", b"hello", b"welcome", b"abort", b"B")
 HALF_OPEN_S = 15.0
-"""ZeroMQ's heartbeats end a connection whose other end is gone after that."""
+"""Keepalives end a connection whose other end is gone after that."""
 
 
 class Faults:

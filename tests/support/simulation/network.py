@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.support.simulation.sockets import Dealer, Router
 
 _GARBAGE = bytes([0xC1])  # not msgpack
-HEARTBEAT_S = (15.0, 20.0)
+KEEPALIVE_S = (15.0, 20.0)
 
 
 class Message:
@@ -235,7 +235,7 @@ class Network:
     # Faults.
 
     def stall(self, path: Path, duration_s: float) -> None:
-        """Nothing passes for a time; ZeroMQ's heartbeats find out after a longer one."""
+        """Nothing passes for a time; the kernel's keepalives find out after a longer one."""
         if path.stalled:
             return
         path.stalled = True
@@ -246,9 +246,9 @@ class Network:
             for wire in wires:
                 wire.cut()
 
-        heartbeat_s = self.world.rng.uniform(*HEARTBEAT_S)
-        if duration_s > heartbeat_s:
-            self.world.after(heartbeat_s, find_out)
+        keepalive_s = self.world.rng.uniform(*KEEPALIVE_S)
+        if duration_s > keepalive_s:
+            self.world.after(keepalive_s, find_out)
         self.world.after(duration_s, lambda: self._resume(path))
 
     def _resume(self, path: Path) -> None:
