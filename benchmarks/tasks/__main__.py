@@ -30,6 +30,7 @@ while the other answers. The KV memory of each is 28 GB: a token takes 28 KiB in
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -258,5 +259,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or each fork warns
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # answers are written, servers die with us
     sys.exit(main(sys.argv[1:]))

@@ -63,7 +63,7 @@ def test_the_sign_test_of_groups_of_several_sizes() -> None:
 
 
 def case(name: str, group: str = "", right: str = "yes") -> Case:
-    return Case("task", name, group or name, "?", "", (), 4, lambda text: Grade(text == right))
+    return Case("task", name, group or name, "", "?", "", (), 4, lambda text: Grade(text == right))
 
 
 def prompt(name: str, digest: str = "0") -> Prompt:
