@@ -56,7 +56,7 @@ from benchmarks.tasks.report import result_columns, table
 from testbed.servers import ServerError, dtype_flags, hardware_name, launch_server
 
 COMMON_FLAGS = "--skip-server-warmup --random-seed 0 --mm-feature-transport cpu"
-COMMON_FLAGS += " --sampling-backend pytorch --schedule-policy lpm"  # a shared text is read once
+COMMON_FLAGS += " --sampling-backend pytorch"
 NEEDLE_TOKENS = (2048, 4096, 8192, 16384, 32768)
 KEY = ("model", "system", "calibration", "task", "n", "device")
 START_S = 600.0
