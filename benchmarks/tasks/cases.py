@@ -28,7 +28,8 @@ class Case:
         name: Unique in the task.
         group: Cases of a task with the same group have a text or problem in common, so their
             grades depend on each other.
-        question: The user's turn.
+        text: What the question is about; cases of a group share it.
+        question: What follows it in the user's turn.
         answer_begin: How the answer begins; the model goes on from there.
         stop: Texts that end the answer, and are no part of it.
         max_tokens: Longest answer.
@@ -38,6 +39,7 @@ class Case:
     task: str
     name: str
     group: str
+    text: str
     question: str
     answer_begin: str
     stop: tuple[str, ...]

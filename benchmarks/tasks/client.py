@@ -14,6 +14,7 @@ from benchmarks.tasks.cases import Grade
 from benchmarks.tasks.prompts import Prompt
 from testbed.servers import ServerError
 
+Asked = asyncio.Task[None]
 OnAnswer = Callable[[Prompt, Grade, dict[str, Any]], None]
 
 
@@ -21,6 +22,8 @@ def ask_all(
     url: str, prompts: Sequence[Prompt], concurrency: int, limit_s: float, on_answer: OnAnswer
 ) -> None:
     """Ask for greedy answers and grade them; returns when all are done or the time is over.
+
+    Further questions about a text wait for the first one's answer and find the text in the cache.
 
     Args:
         url: Of the server.
@@ -50,13 +53,21 @@ async def _ask_all(
     def grade(prompt: Prompt, reply: dict[str, Any]) -> None:
         on_answer(prompt, prompt.case.grade(reply["text"]), reply)
 
-    async def ask(client: httpx.AsyncClient, prompt: Prompt) -> None:
+    async def ask(client: httpx.AsyncClient, prompt: Prompt, first: Asked | None) -> None:
+        if first is not None:
+            await asyncio.wait([first])
         async with slots:
             reply = await _generate(client, url, prompt)
         await asyncio.get_running_loop().run_in_executor(graders, grade, prompt, reply)
 
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
-        tasks = [asyncio.create_task(ask(client, prompt)) for prompt in prompts]
+        tasks: list[Asked] = []
+        first_of: dict[str, Asked] = {}
+        for prompt in prompts:
+            text = prompt.case.text
+            tasks.append(asyncio.create_task(ask(client, prompt, first_of.get(text))))
+            if text:
+                first_of.setdefault(text, tasks[-1])
         done, pending = await asyncio.wait(
             tasks, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION
         )

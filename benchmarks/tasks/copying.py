@@ -24,12 +24,13 @@ COUNT = 104
 FILE_BYTES = range(16_000, 24_000)  # 4,000 to 6,000 tokens
 FUNCTION_LINES = range(8, 41)
 NO_LIBRARY = {"idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
-QUESTION = """The file {file}:
+TEXT = """The file {file}:
 
 ```python
 {source}
 ```
-
+"""
+QUESTION = """
 Copy the function `{name}` of this file word for word, with its comments, its docstring and its
 indentation. Answer with this function alone, in one block of code.
 """
@@ -51,7 +52,8 @@ def cases(seed: int = 0) -> list[Case]:
                 task=TASK,
                 name=f"{file} {name}",
                 group=file,
-                question=QUESTION.format(file=file, source=source, name=name),
+                text=TEXT.format(file=file, source=source),
+                question=QUESTION.format(name=name),
                 answer_begin=PYTHON_FENCE,
                 stop=FENCE_END,
                 max_tokens=64 + len(text) // 3,

@@ -34,6 +34,7 @@ def cases(wordings: int) -> list[Case]:
             task=TASK,
             name=f"{problem['task_id']} wording {number}",
             group=problem["task_id"],
+            text="",
             question=wording.format_map(problem),
             answer_begin=PYTHON_FENCE,
             stop=FENCE_END,

@@ -55,6 +55,7 @@ def cases() -> list[Case]:
                 task=TASK,
                 name=f"schema {index}",
                 group=f"schema {index}",
+                text="",
                 question=question,
                 answer_begin=JSON_FENCE,
                 stop=FENCE_END,

