@@ -10,6 +10,10 @@ from sgl_kvq.errors import KvqError
 
 # Name: (module, help). A module is imported only when its command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "advise": (
+        "sgl_kvq.commands.advise",
+        "Measure what each format loses on a model, and recommend one.",
+    ),
     "calibrate": (
         "sgl_kvq.commands.calibrate.command",
         "Measure a model's Q, K and V for calibrated formats (--kv-quant-config).",

@@ -242,6 +242,8 @@ def _start(model: Path | str, launch: Launch) -> tuple[subprocess.Popen[bytes], 
     command = [*launch.prefix, sys.executable, "-m", "sglang.launch_server"]
     command += ["--model-path", str(model), "--host", launch.host, "--port", str(port)]
     command += launch.extra_args
+    if "--kv-quant" in launch.extra_args:  # losses are a benchmark's subject, not a server's
+        command.append("--kv-quant-accept-loss")
     launch.log_path.parent.mkdir(parents=True, exist_ok=True)
     with launch.log_path.open("wb") as log:
         process = subprocess.Popen(

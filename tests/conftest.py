@@ -17,6 +17,7 @@ TESTS = ROOT / "tests"
 
 WITHOUT_SGLANG = (
     "formats",
+    "fidelity",
     "memory_pool",
     "kernels",
     "attention",

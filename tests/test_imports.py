@@ -25,12 +25,13 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"errors", "formats", "config", "memory_pool"},
     "attention": {"errors", "formats", "config", "memory_pool", "kernels"},
     "transfer": {"errors", "formats", "config", "memory_pool"},
-    "host": {"errors", "formats", "config", "memory_pool", "kernels", "attention", "transfer"},
+    "fidelity": {"errors", "formats"},
 }
+ALLOWED["host"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)
 ALLOWED["__main__"] = {"errors", "commands"}
 
-WITHOUT_SGLANG = ("errors", "formats", "config", "memory_pool", "kernels", "attention", "transfer")
+WITHOUT_SGLANG = tuple(ALLOWED["host"])
 MAX_ROOMS = 12
 
 

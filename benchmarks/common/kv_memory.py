@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_kvq.formats.registry import get_format
+
 PAGE_SIZE = 64
 STOCK = "bf16"
 STOCK_FP8 = "fp8"
@@ -64,6 +66,13 @@ def system_flags(system: str) -> list[str]:
     if system == STOCK_FP8:
         return ["--kv-cache-dtype", "fp8_e4m3"]
     return ["--kv-quant", system]
+
+
+def calibration_flags(system: str, file: Path | None) -> list[str]:
+    """Return the flags that give a server its file of bases, none if it takes none."""
+    if file is None or system in (STOCK, STOCK_FP8) or get_format(system).calibration is None:
+        return []
+    return ["--kv-quant-config", str(file)]
 
 
 def server_flags(

@@ -98,6 +98,33 @@ def plot_multi_agent(rows: list[dict[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_tasks(rows: list[dict[str, str]], path: Path) -> None:
+    """Right answers by task and system, a plot a model; error bars are of what sets off bf16."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, plots = plt.subplots(len(models), figsize=(12, 4 * len(models)), squeeze=False)
+    for model, axes in zip(models, plots[:, 0], strict=True):
+        own = [row for row in rows if row["model"] == model]
+        tasks = list(dict.fromkeys(row["task"] for row in own))
+        systems = list(dict.fromkeys((row["system"], row["calibration"]) for row in own))
+        width = 0.8 / len(systems)
+        for i, system in enumerate(systems):
+            found = [row for row in own if (row["system"], row["calibration"]) == system]
+            offset = (i - len(systems) / 2 + 0.5) * width
+            shares = [int(row["passed"]) / int(row["n"]) for row in found]
+            ends = [(float(row["low"] or 0), float(row["high"] or 0)) for row in found]
+            errors = [(high - low) / 2 for low, high in ends]
+            places = [tasks.index(row["task"]) + offset for row in found]
+            name = ", ".join(filter(None, system))
+            axes.bar(places, shares, width, yerr=errors, ecolor="grey", label=name)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set(title=f"{model}, {own[0]['device']}", ylabel="share of right answers")
+        axes.set(ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1])
+        axes.legend(ncols=5, fontsize="small", loc="upper center")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw one PNG beside each results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,6 +134,7 @@ def main() -> None:
         "extend": plot_extend,
         "append": plot_append,
         "multi_agent": plot_multi_agent,
+        "tasks": plot_tasks,
     }
     for path in parser.parse_args().files:
         if path.stem not in plots:

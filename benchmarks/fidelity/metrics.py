@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.fidelity.history import FormatHistory
-from benchmarks.fidelity.teacher import Teacher
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.loss import compare
+from sgl_kvq.fidelity.teacher import Teacher
 
 BLOCK_TOKENS = 128  # neighbouring tokens depend on each other, so whole blocks are drawn
 DRAWS = 2000
@@ -64,9 +65,8 @@ def score(
     for ref, rows in zip(theirs, ours, strict=True):
         targets = ids[start : start + len(rows), None].to(rows.device)
         start += len(rows)
-        kl = (ref.exp() * (ref - rows)).sum(-1)
         nll, ref_nll = (-x.gather(1, targets).squeeze(1) for x in (rows, ref))
-        parts.append((nll, ref_nll, kl, (rows.argmax(-1) == ref.argmax(-1)).float()))
+        parts.append((nll, ref_nll, *compare(ref, rows)))
     return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 

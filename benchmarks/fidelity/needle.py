@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.fidelity.corpora import segments
-from benchmarks.fidelity.history import FormatHistory
-from benchmarks.fidelity.teacher import Teacher
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher
 
 CITIES = (
     "Paris",
@@ -55,10 +56,7 @@ def needle_texts(tokenizer: Any, context: int, count: int) -> list[NeedleText]:
     texts = []
     for haystack in segments("prose", tokenizer, haystack_tokens, count):
         numbers = torch.randint(1000, 9999, (len(CITIES),), generator=generator).tolist()
-        parts: list[int] = []
-        for city, number, piece in zip(CITIES, numbers, haystack.chunk(len(CITIES)), strict=True):
-            parts += piece.tolist()
-            parts += _ids(tokenizer, f"\n\nThe secret number of {city} is {number}.\n\n")
+        parts = hide(tokenizer, haystack.tolist(), numbers)
         answers = []
         for city, number in zip(CITIES, numbers, strict=True):
             parts += _ids(tokenizer, f"\n\nThe secret number of {city} is")
@@ -67,6 +65,16 @@ def needle_texts(tokenizer: Any, context: int, count: int) -> list[NeedleText]:
             parts += [*answer, *_ids(tokenizer, ".")]
         texts.append(NeedleText(torch.tensor(parts), answers))
     return texts
+
+
+def hide(tokenizer: Any, haystack: Sequence[int], numbers: Sequence[int]) -> list[int]:
+    """Return the token ids of a text with the number of each city, at evenly spaced depths."""
+    step = -(-len(haystack) // len(CITIES))
+    ids: list[int] = []
+    for index, (city, number) in enumerate(zip(CITIES, numbers, strict=True)):
+        ids += haystack[index * step : (index + 1) * step]
+        ids += _ids(tokenizer, f"\n\nThe secret number of {city} is {number}.\n\n")
+    return ids
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgl_kvq.commands.geometry import model_geometry
+from sgl_kvq.fidelity.geometry import model_geometry
 
 PAIRS_PER_HEAD = 2
 FACTOR = 8.0  # a power of two: scaling bfloat16 weights by it loses nothing

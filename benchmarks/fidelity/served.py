@@ -23,7 +23,7 @@ from benchmarks.common.records import command_line, git_commit, write_csv
 from benchmarks.fidelity.__main__ import CHOSEN, DTYPES, calibrated_file, make_history
 from benchmarks.fidelity.corpora import segments
 from benchmarks.fidelity.metrics import estimate
-from benchmarks.fidelity.teacher import Teacher
+from sgl_kvq.fidelity.teacher import Teacher
 from testbed.servers import Server, launch_server
 
 

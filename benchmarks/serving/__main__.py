@@ -30,14 +30,19 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.common.kv_memory import STOCK, STOCK_FP8, ModelShape, server_flags
+from benchmarks.common.kv_memory import (
+    STOCK,
+    STOCK_FP8,
+    ModelShape,
+    calibration_flags,
+    server_flags,
+)
 from benchmarks.common.records import append_csv, command_line, git_commit, read_csv
 from benchmarks.common.served import backend_columns
 from benchmarks.serving.client import Outcome, run_workload
 from benchmarks.serving.counters import PoolWatch
 from benchmarks.serving.model_folder import GEOMETRIES, geometry_folder
 from benchmarks.serving.workloads import Workload, make_workloads
-from sgl_kvq.formats.registry import get_format
 from testbed.servers import Server, ServerError, hardware_name, launch_server
 
 BF16_TOKENS = 423_494
@@ -142,8 +147,7 @@ class Bench:
         args = self._args
         flags = COMMON_FLAGS.split()
         flags += server_flags(system, self._shape, args.kv_tokens, args.mem_fraction, args.tp)
-        if args.calibration and _is_calibrated(system):
-            flags += ["--kv-quant-config", str(args.calibration)]
+        flags += calibration_flags(system, args.calibration)
         concurrency = max(workload.concurrency for workload in self._workloads)
         flags += ["--max-running-requests", str(args.max_running or concurrency)]
         if args.model is None:
@@ -189,11 +193,6 @@ class Bench:
 def _import_client(_waited_s: float) -> None:
     """Import the client while the server starts: it takes many seconds, and forks then have it."""
     importlib.import_module("sglang.benchmark.serving")
-
-
-def _is_calibrated(system: str) -> bool:
-    """Whether a system is a format that takes a file of bases."""
-    return system not in (STOCK, STOCK_FP8) and get_format(system).calibration is not None
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class CpuEngine:
     ) -> None:
         self._store = store
         self._req_to_token = req_to_token
-        self._quantized_prefill = quantized_prefill
+        self.quantized_prefill = quantized_prefill
         self._slots = step_slots(store)
         self._decode: tuple[DecodeAppend, DecodePlan] | None = None
         self._extend: tuple[ExtendAppend, list[ExtendRequest], ExtendBatch] | None = None
@@ -63,7 +63,7 @@ class CpuEngine:
                 plan_decode(table, self._store.plan.sink_tokens),
             )
         elif step.mode is StepMode.EXTEND:
-            plan = plan_extend(step.prefix_lens, step.extend_lens, self._quantized_prefill)
+            plan = plan_extend(step.prefix_lens, step.extend_lens, self.quantized_prefill)
             closed = [closed_fill(request, 0, request.num_closed, 0) for request in plan.requests]
             batch = upload_extend(
                 plan, closed, step.req_pool_indices, self._req_to_token, self._slots

@@ -11,7 +11,14 @@ from sgl_kvq.attention.step import StepInput
 
 
 class AttentionEngine(Protocol):
-    """Attention over a `PagedStore`. Every step is planned once, then run in every layer."""
+    """Attention over a `PagedStore`. Every step is planned once, then run in every layer.
+
+    Attributes:
+        quantized_prefill: Queries of an extend step read all closed pages in codes; counts from the
+            next `plan` on.
+    """
+
+    quantized_prefill: bool
 
     def reserve(self, max_batch: int) -> None:
         """Make room for decode batches of up to `max_batch` requests.

@@ -60,7 +60,7 @@ class GpuEngine:
         self._store = store
         self._layers = layers
         self._req_to_token = req_to_token
-        self._quantized_prefill = quantized_prefill
+        self.quantized_prefill = quantized_prefill
         self._slots = step_slots(store)
         self._max_batch = 0
         self.reserve(len(req_to_token))
@@ -108,7 +108,7 @@ class GpuEngine:
                 step.seq_lens, step.req_pool_indices, self._req_to_token, self._slots
             )
         elif step.mode is StepMode.EXTEND:
-            plan = plan_extend(step.prefix_lens, step.extend_lens, self._quantized_prefill)
+            plan = plan_extend(step.prefix_lens, step.extend_lens, self.quantized_prefill)
             passes = plan_passes(plan.requests, self._max_pages)
             tables = (step.req_pool_indices, self._req_to_token, self._slots)
             graphs = self._extend_graphs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
+from sgl_kvq.commands.console import table_console
 from sgl_kvq.formats.base import EXTRA_BITS, Coding, QuantFormat
 from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
@@ -21,8 +21,6 @@ COLUMNS = (
     "needs",
     "source",
 )
-FILE_WIDTH = 200
-"""Columns of characters when the table does not go to a terminal."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +36,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(column)
     for name in format_names():
         table.add_row(*row(get_format(name)))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
-    console.print(table, markup=False)
+    table_console().print(table, markup=False)
     return 0
 
 

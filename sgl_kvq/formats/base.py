@@ -29,10 +29,19 @@ PAGE_SIZE = 64
 """Tokens per page: the quantization block, the radix-tree granule and the wire block."""
 
 EXTRA_BITS = 2
-"""Low-order bits that an outlier channel has besides the coding's own."""
+"""Low-order bits of a code besides the coding's own: those that outlier channels have, and those
+that nested codes drop."""
 
-CLIP_RATIOS = (0.9, 0.8, 0.7, 0.6)
-"""Clipping ratios tried by the MSE range search besides 1, as shares of maximum - minimum."""
+NESTED_STEPS = 1 << EXTRA_BITS
+"""Steps in a cell of a nested code."""
+
+
+def nested_margin(max_code: int) -> float:
+    """Distance from the minimum to the middle of the lowest cell of nested codes, of the range.
+
+    The range has a step less than all cells together: the outermost steps lie on its ends.
+    """
+    return 0.5 * (NESTED_STEPS - 1) / (NESTED_STEPS * (max_code + 1) - 1)
 
 
 def partition_size(head_dim: int) -> int:
@@ -79,8 +88,9 @@ class Coding:
         whole_head: On the token axis, one group spans the whole head instead of <= 64 channels.
         rotated: Channels are multiplied by a block-diagonal Hadamard matrix before coding.
         rounding: "even" rounds to nearest, ties to even; "half_up" is floor(x + 0.5).
-        mse_clipping: (scale, min) is the one of several clipping ratios with the least squared
-            error, instead of the range from minimum to maximum; not of outlier channels.
+        nested: Codes are those of `EXTRA_BITS` more bits without the low-order ones, so that
+            channels are read at the middles of cells of equal width. Not of outlier channels,
+            which have those bits.
         outlier_16ths: K on the channel axis only: this many sixteenths of the channels, the
             leading ones, get `EXTRA_BITS` extra bits.
     """
@@ -90,7 +100,7 @@ class Coding:
     whole_head: bool = False
     rotated: bool = False
     rounding: Rounding = "even"
-    mse_clipping: bool = False
+    nested: bool = False
     outlier_16ths: int = 0
 
     def __post_init__(self) -> None:
@@ -100,6 +110,11 @@ class Coding:
             raise ValueError(
                 f"outlier_16ths: expected 0 unless channels have scales and 2 or 4 bits, got "
                 f"{self.outlier_16ths} with axis {self.axis} and {self.num_bits} bits"
+            )
+        if self.nested and (self.rounding != "even" or self.num_bits not in (2, 4)):
+            raise ValueError(
+                f"nested: expected False unless ties go to even and codes have 2 or 4 bits, got "
+                f"True with rounding {self.rounding} and {self.num_bits} bits"
             )
 
     @property

@@ -6,9 +6,20 @@ from dataclasses import replace
 
 import torch
 
-from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, PAGE_SIZE, Coding, KOrV
+from sgl_kvq.formats.base import (
+    EXTRA_BITS,
+    NESTED_STEPS,
+    PAGE_SIZE,
+    Coding,
+    KOrV,
+    nested_margin,
+)
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
+
+NESTED_CONSTANT_SCALE = 2.0**-20
+"""Scale of a group of equal values in nested codings: what low-order bits add is next to nothing,
+and float16 holds it."""
 
 
 def quantize_groups(
@@ -21,15 +32,14 @@ def quantize_groups(
     """Code x in groups along one dimension against the stored bfloat16 metadata.
 
     m = bf16(low), s = bf16((high - m) / max_code), 1 where that is not positive;
-    code = clip(round((x - m) / s), 0, max_code); value = code * s + m. low and high are minimum and
-    maximum; MSE-clipped codings also try ranges `CLIP_RATIOS` times as wide about the same middle
-    and take the first with the least sum of squared errors.
+    code = clip(round((x - m) / s), 0, max_code); value = code * s + m. Nested codings: the leading
+    bits of `quantize_nested`.
 
     Args:
         x: float32, any shape, finite.
-        coding: Bits, rounding and choice of the range.
+        coding: Bits and rounding, and whether codes are nested.
         dim: The dimension a group runs along.
-        excluded: bool, broadcastable to x: elements left out of the range and the errors, coded 0.
+        excluded: bool, broadcastable to x: elements left out of the range, coded 0.
         max_code: Largest code; None takes the coding's.
 
     Returns:
@@ -38,55 +48,70 @@ def quantize_groups(
     Source: HACK (ATC '26), quantization against stored metadata; KIVI and SAW-INT4 code against
     unrounded metadata.
     """
+    top = coding.max_code if max_code is None else max_code
+    if coding.nested:
+        codes, scales, mins = quantize_nested(x, dim, top, excluded)
+        return codes >> EXTRA_BITS, scales, mins
+    low, high = _range(x, dim, excluded)
+    scales, mins = _metadata(low, high, top, 1.0)
+    steps = (x - mins.float()) / scales.float()
+    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
+    return _codes(steps, top, excluded), scales, mins
+
+
+def quantize_nested(
+    x: torch.Tensor, dim: int, max_code: int, excluded: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code x in groups with codes whose leading bits are codes too.
+
+    The range from low to high has n (max_code + 1) - 1 equal steps, n = `NESTED_STEPS`; n of them
+    are a cell, whose middle its leading bits stand for. m = bf16(low + `nested_margin` of the
+    range), the middle of the lowest cell; s = bf16((high - margin - m) / max_code), the width of a
+    cell, `NESTED_CONSTANT_SCALE` where that is not positive;
+    code = clip(round(n (x - m) / s + (n - 1) / 2), 0, n (max_code + 1) - 1).
+
+    Args:
+        x: float32, any shape, finite.
+        dim: The dimension a group runs along.
+        max_code: Largest code of the leading bits.
+        excluded: bool, broadcastable to x: elements left out of the range, coded 0.
+
+    Returns:
+        codes uint8 like x, of `EXTRA_BITS` more bits than max_code has; scales and mins bfloat16,
+        size 1 along dim. Of c = code / n, value = floor(c) * s + m without the low-order bits and
+        (c - (n - 1) / 2n) * s + m with them.
+    """
+    low, high = _range(x, dim, excluded)
+    margin = (high - low) * nested_margin(max_code)
+    scales, mins = _metadata(low + margin, high - margin, max_code, NESTED_CONSTANT_SCALE)
+    steps = (x - mins.float()) / scales.float() * NESTED_STEPS + (NESTED_STEPS - 1) / 2
+    return _codes(steps.round(), NESTED_STEPS * (max_code + 1) - 1, excluded), scales, mins
+
+
+def _range(
+    x: torch.Tensor, dim: int, excluded: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and maximum of each group, size 1 along dim."""
     lowest, highest = x, x
     if excluded is not None:
         lowest = x.masked_fill(excluded, torch.inf)
         highest = x.masked_fill(excluded, -torch.inf)
-    low, high = lowest.amin(dim, keepdim=True), highest.amax(dim, keepdim=True)
-    top = coding.max_code if max_code is None else max_code
-    codes, scales, mins = _quantize_range(x, low, high, coding, top)
-    if coding.mse_clipping:
-        least = _squared_error(x, codes, scales, mins, dim, excluded)
-        for ratio in CLIP_RATIOS:
-            clipped = (high - low) * ((1 - ratio) / 2)
-            tried = _quantize_range(x, low + clipped, high - clipped, coding, top)
-            error = _squared_error(x, *tried, dim, excluded)
-            better = error < least
-            least = torch.where(better, error, least)
-            codes, scales, mins = (
-                torch.where(better, new, old)
-                for new, old in zip(tried, (codes, scales, mins), strict=True)
-            )
-    if excluded is not None:
-        codes = codes.masked_fill(excluded, 0)
-    return codes, scales, mins
+    return lowest.amin(dim, keepdim=True), highest.amax(dim, keepdim=True)
 
 
-def _quantize_range(
-    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, coding: Coding, max_code: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code x against one range a group."""
+def _metadata(
+    low: torch.Tensor, high: torch.Tensor, max_code: int, constant_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minima, bfloat16, of groups whose codes 0 and `max_code` are low and high."""
     mins = low.to(torch.bfloat16)
     scales = ((high - mins.float()) / max_code).to(torch.bfloat16)
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    steps = (x - mins.float()) / scales.float()
-    steps = steps.round() if coding.rounding == "even" else (steps + 0.5).floor()
-    return steps.clamp(0, max_code).to(torch.uint8), scales, mins
+    return torch.where(scales > 0, scales, constant_scale), mins
 
 
-def _squared_error(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    mins: torch.Tensor,
-    dim: int,
-    excluded: torch.Tensor | None,
-) -> torch.Tensor:
-    """Sum of squared errors of each group, size 1 along dim."""
-    error = (codes * scales.float() + mins.float() - x).square()
-    if excluded is not None:
-        error = error.masked_fill(excluded, 0)
-    return error.sum(dim, keepdim=True)
+def _codes(steps: torch.Tensor, top: int, excluded: torch.Tensor | None) -> torch.Tensor:
+    """Whole steps as uint8 codes from 0 to top, 0 where excluded."""
+    codes = steps.clamp(0, top).to(torch.uint8)
+    return codes if excluded is None else codes.masked_fill(excluded, 0)
 
 
 def pack_planes(codes: torch.Tensor, num_planes: int, dim: int) -> torch.Tensor:
@@ -214,13 +239,13 @@ def _quantize_tensor(
 def _quantize_outliers(
     x: torch.Tensor, coding: Coding, is_sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Code outlier channels x [N, H, P, outliers] with `EXTRA_BITS` extra bits, without clipping.
+    """Code outlier channels x [N, H, P, outliers] with `EXTRA_BITS` extra bits, not nested.
 
     Returns:
         codes like x; scales, of the leading bits (exactly 2^EXTRA_BITS steps), and mins
         [N, H, 1, outliers].
     """
     max_code = (coding.max_code + 1 << EXTRA_BITS) - 1
-    whole = replace(coding, mse_clipping=False)
+    whole = replace(coding, nested=False)
     codes, scales, mins = quantize_groups(x, whole, dim=2, excluded=is_sink, max_code=max_code)
     return codes, scales * (1 << EXTRA_BITS), mins

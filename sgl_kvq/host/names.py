@@ -52,6 +52,11 @@ NAMES = {
     "mambaish_config": "sglang.srt.configs.hybrid_arch:mambaish_config",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",
+    "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
+    "LogitsMetadata": "sglang.srt.layers.logits_processor:LogitsMetadata",
+    "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+    "ForwardMode": "sglang.srt.model_executor.forward_batch_info:ForwardMode",
+    "CaptureHiddenMode": "sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode",
     # attention
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "ATTENTION_BACKENDS": "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS",
@@ -81,6 +86,7 @@ _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 RESOLVE_POOL_SIZE = f"{_CONFIGURATOR}._resolve_memory_pool_config"
 BUILD_POOL = f"{_CONFIGURATOR}._build_token_to_kv_pool"
 BUILD_ALLOCATOR = f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator"
+INIT_CUDA_GRAPHS = "sglang.srt.managers.scheduler.Scheduler.init_all_cuda_graphs"
 ALLOC_EXTEND = "sglang.srt.mem_cache.allocation.alloc_paged_token_slots_extend"
 GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
 PREFILL_MANAGER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue._init_kv_manager"
@@ -89,6 +95,11 @@ DECODE_MANAGER = f"{_PREALLOC_QUEUE}._init_kv_manager"
 CREATE_SENDER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.create_sender"
 CREATE_RECEIVER = f"{_PREALLOC_QUEUE}._create_receiver_and_enqueue"
 DECODE_PREALLOC = f"{_PREALLOC_QUEUE}._pre_alloc"
+UPDATE_WEIGHTS = tuple(
+    "sglang.srt.managers.scheduler_components.weight_updater"
+    f".SchedulerWeightUpdaterManager.update_weights_from_{source}"
+    for source in ("disk", "distributed", "tensor", "ipc")
+)
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 METRICS_REPORTER = (
     "sglang.srt.managers.scheduler_components.metrics_reporter"

@@ -69,6 +69,11 @@ class QuantOptions:
         "what --mem-fraction-static leaves.",
         NS("memory"),
     ] = None
+    kv_quant_accept_loss: Annotated[
+        bool,
+        "With --kv-quant: start whatever the format loses on this model, without measuring it.",
+        NS("memory"),
+    ] = False
 
 
 class TransferOptions:

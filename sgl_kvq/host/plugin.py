@@ -6,10 +6,14 @@ only when it is on.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from sgl_kvq.errors import HostError
+from sgl_kvq.errors import HostError, KvqError
 from sgl_kvq.host import names as host
 from sgl_kvq.host.names import BACKEND, TRANSFER_BACKEND
 from sgl_kvq.host.options import quant_config
@@ -112,6 +116,26 @@ def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: 
     return build_allocator(configurator, kwargs["token_to_kv_pool"])
 
 
+def _init_cuda_graphs(original: Callable[..., Any], scheduler: Any) -> None:
+    original(scheduler)
+    if quant_config(scheduler.server_args) is not None:
+        from sgl_kvq.host.start_check import check_loss
+
+        try:
+            check_loss(scheduler)
+        except KvqError as error:
+            _end_rank(f"error: {error}")
+
+
+def _end_rank(line: str) -> NoReturn:
+    """End the process of a rank with one line, and the server that started it as SGLang does."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getppid(), signal.SIGQUIT)
+    sys.exit(1)
+
+
 def _alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **kwargs: Any) -> Any:
     _let_evict(tree_cache)
     return original(tree_cache, *args, **kwargs)
@@ -167,8 +191,19 @@ def _start_manager(original: Callable[..., Any], queue: Any) -> Any:
     manager = original(queue)
     if queue.transfer_backend.value == TRANSFER_BACKEND:
         scheduler = queue.scheduler
+        scheduler.kvq_manager = manager
         manager.start(queue.token_to_kv_pool, scheduler.model_config, scheduler.forward_stream)
     return manager
+
+
+def _update_weights(original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    manager = getattr(updater.scheduler, "kvq_manager", None)
+    if manager is not None:
+        manager.weights.begin_update()
+    result = original(updater, request)
+    if manager is not None and result.success and request.weight_version is not None:
+        manager.weights.name(request.weight_version)
+    return result
 
 
 def _create_sender(
@@ -204,6 +239,7 @@ HOOKS = (
     Hook(host.RESOLVE_POOL_SIZE, _resolve_pool_size, "capacity from real bytes"),
     Hook(host.BUILD_POOL, _build_pool, "the quantized pool"),
     Hook(host.BUILD_ALLOCATOR, _build_allocator, "the allocator, of open slots and sink rows too"),
+    Hook(host.INIT_CUDA_GRAPHS, _init_cuda_graphs, "what the format loses, before it serves"),
     Hook(host.ALLOC_EXTEND, _alloc_extend, "the prefix cache that our allocator may evict from"),
     Hook(host.DECODE_PREALLOC, _prealloc, "the same on a PD decode instance"),
     Hook(host.SUPPORT_TRITON, _support_triton, "PyTorch helpers instead of Triton ones on a CPU"),
@@ -212,6 +248,10 @@ HOOKS = (
     Hook(host.DECODE_MANAGER, _start_manager, "the transfer thread of a PD decode instance"),
     Hook(host.CREATE_SENDER, _create_sender, "the prompt of a PD transfer, at the sender"),
     Hook(host.CREATE_RECEIVER, _create_receiver, "the same at the receiver, to be compared"),
+    *(
+        Hook(target, _update_weights, "which weights a PD instance serves")
+        for target in host.UPDATE_WEIGHTS
+    ),
     Hook(host.METRICS_REPORTER, _start_metrics, "our gauges, beside SGLang's"),
     Hook(host.LOG_STATS, _log_stats, "their values, whenever SGLang sets its own"),
 )

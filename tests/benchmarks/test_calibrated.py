@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.fidelity.history import FormatHistory
-from benchmarks.fidelity.teacher import Teacher
 from sgl_kvq.__main__ import main
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher
 from sgl_kvq.formats.calibration import load_calibration
 from sgl_kvq.formats.registry import get_format
 from tests.serving.test_oracle import serve

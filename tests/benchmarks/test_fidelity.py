@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.metrics import Scores, estimate, relative_perplexity
 from benchmarks.fidelity.needle import count_hits, needle_texts
 from benchmarks.fidelity.outliers import inject
 from benchmarks.fidelity.served import diverges_at
-from benchmarks.fidelity.teacher import Teacher, page_attention
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher, page_attention
 from sgl_kvq.formats.base import PAGE_SIZE
 
 

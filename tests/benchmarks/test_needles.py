@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.fidelity.history import FormatHistory
 from benchmarks.fidelity.needle import NeedleText, needle_texts
-from benchmarks.fidelity.teacher import Teacher
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.teacher import Teacher
 
 CONTEXTS = (2048, 4096, 8100)
 # Needles that may be found by the server alone or by the reference alone: rounding flips codes.

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from sgl_kvq.commands.formats import COLUMNS, row
-from sgl_kvq.commands.geometry import ModelGeometry, model_geometry
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.fidelity.geometry import ModelGeometry, model_geometry
 from sgl_kvq.formats.registry import format_names, get_format
 
 

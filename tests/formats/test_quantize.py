@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_kvq.formats.base import CLIP_RATIOS, PAGE_SIZE, Coding
+from sgl_kvq.formats.base import PAGE_SIZE, Coding
 from sgl_kvq.formats.dequantize import decode_keys, decode_values, unpack_planes
 from sgl_kvq.formats.hadamard import rotate
 from sgl_kvq.formats.page_layout import PageLayout
@@ -12,6 +12,7 @@ from sgl_kvq.formats.quantize import (
     encode_pages,
     pack_planes,
     quantize_groups,
+    quantize_nested,
     replace_nonfinite,
 )
 from sgl_kvq.formats.registry import format_names, get_format
@@ -98,37 +99,65 @@ def test_round_trip_is_within_half_a_step(name: str, head_dim: int) -> None:
                 y.transpose(2, 3).repeat_interleave(repeat, dim=-1) for y in (scales, mins)
             )
         budget = scales * (0.5 + coding.max_code * 2**-9) + mins.abs() * 2**-9 + 1e-6
-        inside = torch.full_like(exact, not coding.mse_clipping, dtype=torch.bool)
-        if coding.mse_clipping:  # values outside the range are clipped
-            top = mins + (coding.max_code + 1) * scales
-            inside = (exact >= mins) & (exact <= top - scales)
-            assert inside.float().mean() > 0.8
-        assert ((values - exact).abs() <= budget)[inside].all()
+        assert ((values - exact).abs() <= budget).all()
 
 
-def test_the_clipping_ratio_with_the_least_error_is_taken() -> None:
-    """Against the formula, one group at a time in float64."""
-    generator = torch.Generator().manual_seed(4)
-    x = random_rows((40, 1, 64), generator).float().squeeze(1)
-    x[0] = 0.75  # constant
-    x[1, 3] = 100.0  # an outlier, which is excluded
-    is_out = torch.zeros(40, 64, dtype=torch.bool)
-    is_out[:, :4] = True
-    codes, scales, mins = quantize_groups(x, Coding(2, mse_clipping=True), -1, is_out)
-    error = (codes * scales.double() + mins - x.double())[:, 4:].square().sum(1)
-    tried = []
-    for ratio in (1.0, *CLIP_RATIOS):
-        kept = x[:, 4:]
-        low, high = kept.amin(1, keepdim=True), kept.amax(1, keepdim=True)
-        clipped = (high - low) * ((1 - ratio) / 2)
-        m = (low + clipped).bfloat16().float()
-        s = ((high - clipped - m) / 3).bfloat16().float()
-        s[s <= 0] = 1
-        values = ((kept - m) / s).round().clamp(0, 3) * s + m
-        tried.append((values - kept).double().square().sum(1))
-    torch.testing.assert_close(error, torch.stack(tried).amin(0), rtol=1e-5, atol=1e-9)
-    assert (error < 0.95 * tried[0])[1:].float().mean() > 0.5  # and it differs from min-max
-    assert (codes[:, :4] == 0).all()
+def nested_codes(x: list[float], bits: int) -> tuple[list[int], float, float]:
+    """The formula of nested codes, one number at a time in float32."""
+    top = np.float32(2**bits - 1)
+    low, high = np.float32(min(x)), np.float32(max(x))
+    margin = (high - low) * np.float32(1.5 / (4 * 2**bits - 1))
+    middle = bf16(float(low + margin))
+    scale = bf16(float((high - margin - middle) / top))
+    if not scale > 0:
+        scale = np.float32(2**-20)
+    steps = [(np.float32(value) - middle) / scale * np.float32(4) + np.float32(1.5) for value in x]
+    return [int(min(max(np.rint(s), 0), 4 * top + 3)) for s in steps], float(scale), float(middle)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_nested_codes_are_bit_exact_against_the_formula(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    groups = [
+        *random_rows((20, 1, 64), generator).float().squeeze(1).tolist(),
+        *(random_rows((5, 1, 64), generator).float() + 300).bfloat16().float().squeeze(1).tolist(),
+        [0.0, 15.0, 1.5, 3.5, 5.5, 7.5, 11.5, 13.5],  # 2 bits: scale 4, ties
+        [0.7109375] * 8,  # constant
+        [0.0] * 8,
+        [8e37, -8e37, 0.0, 1.0],
+        [1e-40, 2e-40, 0.0, 3e-40],  # denormal
+    ]
+    for group in groups:
+        expected, scale, middle = nested_codes(group, bits)
+        x = torch.tensor([group])
+        codes, scales, mins = quantize_nested(x, -1, 2**bits - 1)
+        assert codes[0].tolist() == expected
+        assert (scales.item(), mins.item()) == (scale, middle)
+        leading, *metadata = quantize_groups(x, Coding(bits, nested=True), -1)
+        assert leading[0].tolist() == [code >> 2 for code in expected]
+        assert metadata == [scales, mins]
+
+
+def test_cells_are_of_equal_width_over_the_whole_range() -> None:
+    """16 steps from 0 to 15: four a cell, read at its middle, or all of them."""
+    x = torch.arange(16.0)[None]
+    codes, scales, mins = quantize_nested(x, -1, 3)
+    assert codes[0].tolist() == list(range(16))
+    assert ((codes >> 2) * scales + mins)[0].tolist() == [c // 4 * 4 + 1.5 for c in range(16)]
+    assert torch.equal((codes / 4 - 0.375) * scales + mins, x)
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(8, "even"), (2, "half_up")])
+def test_nested_codes_that_no_kernel_writes_are_refused(bits: int, rounding: str) -> None:
+    with pytest.raises(ValueError, match=f"nested: .*rounding {rounding} and {bits} bits"):
+        Coding(bits, rounding=rounding, nested=True)  # type: ignore[arg-type]
+
+
+def test_equal_values_come_back_with_and_without_low_order_bits() -> None:
+    x = torch.tensor([[0.0], [-7.5], [65280.0]]).expand(3, 64)
+    codes, scales, mins = quantize_nested(x, -1, 3)
+    assert torch.equal((codes >> 2) * scales.float() + mins, x)
+    torch.testing.assert_close((codes / 4 - 0.375) * scales + mins, x, rtol=0, atol=2**-22)
 
 
 @pytest.mark.parametrize(("name", "num_outliers"), [("kvq2", 24), ("kvq4", 4), ("4:2:2", 8)])

@@ -40,7 +40,8 @@ class SchedulerHarness:
         model_path: Hugging Face folder.
         tp_rank: Rank of this process; all ranks are given the same requests in the same order.
         options: Fields of `ServerArgs`. Without `skip_tokenizer_init=False` it has no tokenizer,
-            half of what a small model's start takes; schemas need one.
+            half of what a small model's start takes; schemas need one. Without
+            `kv_quant_accept_loss=False` nobody measures what the format loses.
     """
 
     def __init__(self, model_path: str, tp_rank: int = 0, **options: Any) -> None:
@@ -57,6 +58,7 @@ class SchedulerHarness:
                 "skip_tokenizer_init": True,
                 "disable_overlap_schedule": True,
                 "log_level": "warning",
+                **({"kv_quant_accept_loss": True} if "kv_quant" in options else {}),
                 **options,
             },
         )

@@ -139,9 +139,9 @@ class PrefillSide:
     def _success(self, room: int) -> None:
         self.outcomes[room].result = "success"
 
-    def open(self, room: int, token_ids: Sequence[int] = ()) -> Outcome:
+    def open(self, room: int, token_ids: Sequence[int] = (), weights: str = "") -> Outcome:
         self.outcomes[room] = Outcome()
-        prompt = describe_prompt(token_ids)
+        prompt = describe_prompt(token_ids, weights)
         self.thread.open_room(room, self.outcomes[room].state, prompt)
         return self.outcomes[room]
 
@@ -217,6 +217,7 @@ class DecodeSide:
         prefix_pages: int = 0,
         peers: int = 1,
         token_ids: Sequence[int] = (),
+        weights: str = "",
     ) -> None:
         """Ask for a prompt; `pages` holds those that are not here."""
         transfer = IncomingTransfer(
@@ -226,7 +227,7 @@ class DecodeSide:
             prefix_pages,
             pages.numpy(),
             self.thread.access.fence(),
-            describe_prompt(token_ids),
+            describe_prompt(token_ids, weights),
             lambda data: self.metadata.__setitem__(room, data),
         )
         self.thread.start_transfer(transfer, self.endpoints[room], peers)

@@ -118,7 +118,7 @@ def seeds() -> list[bytes]:
         messages.Hello(wire.WIRE_VERSION, 2, {"format": "hack2", "layers": 3}, ["identity"]),
         messages.Welcome(wire.WIRE_VERSION, 2, 0, 4),
         messages.Refuse("other weights"),
-        messages.Request(ROOM, NONCE, 0, 3, 0, 4, 1, 150, 7, [0, 5]),
+        messages.Request(ROOM, NONCE, 0, 3, 0, 4, 1, 150, 7, "default", [0, 5]),
         messages.Ack(ROOM, NONCE, [1, 2]),
         messages.Nack(ROOM, NONCE, [3]),
         messages.Done(ROOM, NONCE),

@@ -40,7 +40,7 @@ def make_part(made: list[Bytes]) -> tuple[OutgoingPart, SendBuffers]:
     transfer = OutgoingTransfer(1, now=0.0)
     transfer.add_blocks([metadata_block(b"")] * NUM_BLOCKS, True)
     buffers = SendBuffers(make)
-    request = Request(1, 2, 0, 0, 0, 1, 1, 0, 0, [])
+    request = Request(1, 2, 0, 0, 0, 1, 1, 0, 0, "", [])
     peer = Peer(b"peer", 1, Pace(TransferConfig(), now=0.0), last_heard=0.0)
     return OutgoingPart(transfer, peer, request, buffers), buffers
 

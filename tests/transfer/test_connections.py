@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from sgl_kvq.transfer.options import TransferConfig
 from sgl_kvq.transfer.protocol.messages import ALIVE_ROOMS, alive_messages, pack_message
@@ -39,6 +40,32 @@ def test_a_connection_that_cannot_be_opened_again_fails_its_rooms() -> None:
             assert "open files" in outcome.reason
         assert not decode.thread.connections
         proxy.close()
+
+
+@pytest.mark.parametrize("polled", [False, True])
+def test_nothing_of_an_older_connection_is_read_after_a_newer_one(polled: bool) -> None:
+    """The protocol relies on it: ZeroMQ drops what the older one left, or changes its id."""
+    received: list[bytes] = []
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        with router.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as monitor:
+            for name in (b"old", b"new"):
+                with context.socket(zmq.DEALER) as dealer:
+                    dealer.setsockopt(zmq.ROUTING_ID, b"peer")
+                    dealer.connect(f"tcp://127.0.0.1:{port}")
+                    for _ in range(3):
+                        dealer.send(name)
+                    assert monitor.poll(5000)
+                    recv_monitor_message(monitor)
+                    if polled:
+                        assert router.poll(5000)  # ZeroMQ takes the first message for that
+        while received.count(b"new") < 3:
+            assert router.poll(5000)
+            identity, name = router.recv_multipart()
+            if identity == b"peer":
+                received.append(name)
+    assert received == [b"old"] * polled + [b"new"] * 3
 
 
 def test_any_number_of_rooms_fits_messages() -> None:

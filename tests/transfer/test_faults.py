@@ -234,7 +234,7 @@ def test_messages_of_another_peer_change_nothing(lab: Lab) -> None:
     nonce = lab.decode.nonces[1]
     socket = raw_peer(lab)
     hello = Hello(WIRE_VERSION, 1, lab.prefill.thread.fingerprint, ["identity"])
-    ask = Request(1, nonce, 0, 16, 0, 4, 1, 0, 0, [])
+    ask = Request(1, nonce, 0, 16, 0, 4, 1, 0, 0, "", [])
     for message in (hello, Done(1, nonce), Ack(1, nonce, [0, 1]), Nack(1, nonce, [0]), ask):
         socket.send_multipart([b"C", pack_message(message)])
     wait_for(lambda: len(lab.prefill.thread.peers) == 2)

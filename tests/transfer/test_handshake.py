@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import zmq
@@ -88,25 +89,30 @@ def test_another_wire_version_is_refused_with_both_versions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefill_ids", "decode_ids", "words"),
+    ("on_prefill", "on_decode", "words"),
     [
-        (range(290), range(310), "prefill has 290 tokens, decode 310"),
-        (range(300), range(1, 301), "both have 300 tokens, but other ids"),
+        ((range(290),), (range(310),), "prefill has 290 tokens, decode 310"),
+        ((range(300),), (range(1, 301),), "both have 300 tokens, but other ids"),
+        (
+            (range(300), "v2"),
+            (range(300), "default"),
+            "prefill serves version 'v2', decode 'default'",
+        ),
     ],
 )
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 def test_other_prompts_fail_on_both_sides_before_a_block_leaves(
-    prefill_ids: range, decode_ids: range, words: str, first: str
+    on_prefill: tuple[Any, ...], on_decode: tuple[Any, ...], words: str, first: str
 ) -> None:
-    """The page counts are the same; whichever instance gets the request first."""
+    """Token ids or weights differ, page counts do not; whoever gets the request first."""
     prefill, decode = PrefillSide(CONFIG), DecodeSide(CONFIG)
     with stopped(prefill, decode):
         sent, got = take_pages(prefill.pool, 300, 1), take_pages(decode.pool, 300, 20)
-        out = prefill.open(1, prefill_ids) if first == "prefill" else None
+        out = prefill.open(1, *on_prefill) if first == "prefill" else None
         result = decode.announce(1, [prefill.endpoint])
-        decode.start(1, got, token_ids=decode_ids)
+        decode.start(1, got, 0, 1, *on_decode)
         wait_for(lambda: bool(out and out.result) or 1 in prefill.thread.rooms)
-        out = out or prefill.open(1, prefill_ids)
+        out = out or prefill.open(1, *on_prefill)
         prefill.send(1, sent, 300)
         wait_for(lambda: bool(out.result and result.result))
         assert (out.result, result.result) == ("failed", "failed")

@@ -67,6 +67,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         messages.Request,
         *(unsigned(bits) for bits in (64, 64, 32, 32, 16, 16, 16, 32, 64)),
+        st.text(max_size=9),
         SEQS,
     ),
     st.builds(messages.Ack, unsigned(64), unsigned(64), SEQS),

@@ -139,7 +139,7 @@ def test_the_end_of_a_transfer_waits_for_what_is_being_written() -> None:
 def test_a_place_is_claimed_while_its_block_is_verified() -> None:
     access = open_pool(make_pool(num_pages=8), HeadRange(0, NUM_HEADS))
     metadata: list[bytes] = []
-    state, prompt = RequestState(lambda reason: None), Prompt(99, 7)
+    state, prompt = RequestState(lambda reason: None), Prompt(99, 7, "")
     transfer = IncomingTransfer(1, 2, state, 0, np.array([3, 5]), [], prompt, metadata.append)
     part = IncomingPart(transfer, access, 11, 1, now=0.0)
     transfer.parts.append(part)

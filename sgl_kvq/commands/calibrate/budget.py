@@ -159,22 +159,22 @@ def _cost(candidate: QuantFormat, spread: _Spread) -> float:
     coarse = (channel >= outliers) & (channel < head_dim // 2) & (k_bits == 2)
     weight = torch.where(coarse, COARSE_WEIGHT, EXTRA_WEIGHT).double()
     weight[:outliers] *= relative_mse(k_bits + EXTRA_BITS, False, PAGE_SIZE)
-    weight[outliers:] *= relative_mse(k_bits, candidate.k.mse_clipping, PAGE_SIZE)
+    weight[outliers:] *= relative_mse(k_bits, candidate.k.nested, PAGE_SIZE)
     k = (spread.k * weight).sum()
-    v_mse = relative_mse(candidate.v.num_bits, candidate.v.mse_clipping, head_dim)
+    v_mse = relative_mse(candidate.v.num_bits, candidate.v.nested, head_dim)
     return 0.5 * float(k + spread.v.sum() * v_mse)
 
 
 @lru_cache
-def relative_mse(num_bits: int, mse_clipping: bool, group_size: int) -> float:
+def relative_mse(num_bits: int, nested: bool, group_size: int) -> float:
     """Mean squared error of a coding on normal numbers, relative to their variance.
 
     Args:
         num_bits: Bits of a code, 1 to 8.
-        mse_clipping: Whether the range is searched, as `Coding` says.
+        nested: Whether codes are nested, as `Coding` says.
         group_size: Numbers that share a scale.
     """
     x = torch.randn(4096, group_size, generator=torch.Generator().manual_seed(0))
-    coding = Coding(8, mse_clipping=mse_clipping)
+    coding = Coding(num_bits, nested=True) if nested else Coding(8)
     codes, scales, mins = quantize_groups(x, coding, -1, max_code=2**num_bits - 1)
     return float((codes * scales.float() + mins.float() - x).square().mean())

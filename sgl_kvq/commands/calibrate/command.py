@@ -14,14 +14,15 @@ import torch
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface
 
 from sgl_kvq.commands.calibrate.basis_fit import Moments, fit_basis
 from sgl_kvq.commands.calibrate.budget import Choice, choose_bits
 from sgl_kvq.commands.calibrate.stored_attention import stored_attention
 from sgl_kvq.commands.calibrate.text import default_text
-from sgl_kvq.commands.geometry import model_geometry
 from sgl_kvq.errors import ConfigError
+from sgl_kvq.fidelity.geometry import model_geometry
+from sgl_kvq.fidelity.loading import load_model, load_tokenizer
 from sgl_kvq.formats.base import EXTRA_BITS, PAGE_SIZE
 from sgl_kvq.formats.calibration import save_bases
 from sgl_kvq.formats.registry import calibrated_formats
@@ -137,17 +138,11 @@ def collect(args: argparse.Namespace) -> Collected:
     Raises:
         ConfigError: no such model, one whose cache no format can hold, or too little text.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=args.dtype, attn_implementation=ATTENTION_NAME
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, args.dtype, ATTENTION_NAME, args.device)
     head_dim = model_geometry(model.config).head_dim
     if head_dim % 16:
         raise ConfigError(f"{args.model}: expected head_dim a multiple of 16, got {head_dim}")
-    model = model.eval().requires_grad_(False).to(args.device)
     texts = _texts(args, tokenizer)
     collected = Collected(args.out.with_suffix(".partial"), _key(args, texts), args.device)
     for number in track(range(len(texts)), "calibrating"):

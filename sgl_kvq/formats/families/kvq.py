@@ -2,7 +2,7 @@
 
 Source: axes of KIVI (arXiv 2402.02750), calibrated bases as in OSCAR (arXiv 2605.17757). Here K's
 channels are in order of what an error in them costs, so that a fixed share of them can have two
-bits more, and scales of 2-bit codes minimize the squared error.
+bits more, and 2-bit codes are read at the middles of cells of equal width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sgl_kvq.formats.scalar import ScalarFormat
 
 
 def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> QuantFormat:
-    """Make a member of the family. Only 2-bit codes gain by ranges that clip outliers.
+    """Make a member of the family. Codes of 2 bits are those of 4 without the low-order bits.
 
     Args:
         name: The value of `--kv-quant`.
@@ -25,8 +25,8 @@ def kvq_format(name: str, k_bits: int, outlier_16ths: int, v_bits: int) -> Quant
     """
     return ScalarFormat(
         name=name,
-        k=Coding(k_bits, axis="channel", mse_clipping=k_bits == 2, outlier_16ths=outlier_16ths),
-        v=Coding(v_bits, axis="token", whole_head=True, mse_clipping=v_bits == 2),
+        k=Coding(k_bits, axis="channel", nested=k_bits == 2, outlier_16ths=outlier_16ths),
+        v=Coding(v_bits, axis="token", whole_head=True, nested=v_bits == 2),
         help=f"{k_bits}-bit keys and {v_bits}-bit values in a calibrated basis, nearest to bf16",
         source="ours, docs/fidelity.md",
         calibration=CALIBRATION,

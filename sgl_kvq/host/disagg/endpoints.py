@@ -96,9 +96,9 @@ class KvqSender(_Poller, CommonKVSender):
             mgr.thread.refuse_room(bootstrap_room, taken_room(bootstrap_room))
 
     def set_prompt(self, token_ids: Sequence[int]) -> None:
-        """Open the room; the decode instance's request must be for the same tokens."""
+        """Open the room; the decode instance's request must be for the same tokens and weights."""
         if not self.room_is_taken:
-            prompt = describe_prompt(token_ids)
+            prompt = describe_prompt(token_ids, str(self.kv_mgr.weights))
             self.kv_mgr.thread.open_room(self.bootstrap_room, self.request_state, prompt)
 
     def pop_decode_prefix_len(self) -> int:
@@ -208,8 +208,8 @@ class KvqReceiver(_Poller, CommonKVReceiver):
             self.conclude_state = KVPoll.Failed
 
     def set_prompt(self, token_ids: Sequence[int]) -> None:
-        """Note the tokens whose KV is to come, for the prefill instance to compare."""
-        self.prompt = describe_prompt(token_ids)
+        """Note tokens and weights of the KV to come, for the prefill instance to compare."""
+        self.prompt = describe_prompt(token_ids, str(self.kv_mgr.weights))
 
     def init(self, prefill_dp_rank: int) -> None:
         """Find the prefill ranks and connect to them; a wrong answer fails this request only."""

@@ -11,6 +11,7 @@ from typing import Any
 from sgl_kvq.errors import TransferError
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.host.disagg.model_identity import model_identity
+from sgl_kvq.host.disagg.weights import ServedWeights
 from sgl_kvq.host.names import CommonKVManager, KVPoll
 from sgl_kvq.host.options import quant_config
 from sgl_kvq.host.pool import QuantizedKVPool
@@ -48,6 +49,7 @@ class KvqManager(CommonKVManager):
         self.thread: Any = None
         self.access: Any = None
         self.refusals: dict[str, str] = {}
+        self.weights = ServedWeights(server_args.weight_version)
 
     def start(self, pool: QuantizedKVPool, model_config: Any, forward_stream: Any) -> None:
         """Open the transfer thread; `plugin` calls this once the pool is known.

@@ -14,6 +14,7 @@ from typing import Any
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 _PAGED = "sglang.srt.mem_cache.allocator.paged"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
 _CONN = "sglang.srt.disaggregation.common.conn"
 
 CALLED: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,39 @@ CALLED: dict[str, tuple[str, ...]] = {
     f"{_CONN}:CommonKVReceiver": ("mgr", "bootstrap_addr", "bootstrap_room"),
     f"{_CONN}:CommonKVReceiver.init": ("self", "prefill_dp_rank"),
     "sglang.srt.disaggregation.utils:get_kv_class": ("transfer_backend", "class_type"),
+    f"{_WEIGHTS}.update_weights_from_disk": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_distributed": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_tensor": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_ipc": ("self", "recv_req"),
+    "sglang.srt.managers.scheduler:Scheduler.init_all_cuda_graphs": ("self",),
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch": (
+        "forward_mode",
+        "batch_size",
+        "input_ids",
+        "req_pool_indices",
+        "seq_lens",
+        "out_cache_loc",
+        "seq_lens_sum",
+        "orig_seq_lens",
+        "spec_algorithm",
+        "seq_lens_cpu",
+        "capture_hidden_mode",
+        "positions",
+        "extend_num_tokens",
+        "extend_seq_lens",
+        "extend_prefix_lens",
+        "extend_start_loc",
+        "extend_prefix_lens_cpu",
+        "extend_seq_lens_cpu",
+    ),
+    "sglang.srt.layers.logits_processor:LogitsMetadata": ("forward_mode",),
+    "sglang.srt.layers.logits_processor:LogitsProcessor.forward": (
+        "self",
+        "input_ids",
+        "hidden_states",
+        "lm_head",
+        "logits_metadata",
+    ),
 }
 """Function or class of SGLang that we call or wrap, and the arguments we name or pass in order."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -57,3 +59,14 @@ def prefill_graph_output(forward_batch: Any) -> torch.Tensor | None:
         [tokens, num_qo_heads * head_dim], padding left out; None outside of such a graph.
     """
     return forward_batch._attn_output
+
+
+@contextmanager
+def without_prefill_graph(runner: Any) -> Iterator[None]:
+    """Let SGLang's `ModelRunner` run prefill steps eagerly: in a graph no hook of a module runs."""
+    graph_runner = runner.prefill_cuda_graph_runner
+    runner.prefill_cuda_graph_runner = None
+    try:
+        yield
+    finally:
+        runner.prefill_cuda_graph_runner = graph_runner

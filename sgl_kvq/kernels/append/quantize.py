@@ -10,15 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgl_kvq.formats.quantize import NESTED_CONSTANT_SCALE
 from sgl_kvq.kernels.common.gluon import INTERPRET
 from sgl_kvq.kernels.common.layouts import (
     EXTRA_BITS,
     EXTRA_PLANES,
     EXTRA_STEPS,
     PAGE,
-    clip_margin,
     next_power_of_2,
-    num_clip_ratios,
     num_groups,
     num_outliers,
     num_planes,
@@ -27,6 +26,7 @@ from sgl_kvq.kernels.common.layouts import (
 from sgl_kvq.kernels.common.rotation import rotate_tile
 
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
+CONSTANT_SCALE: tl.constexpr = tl.constexpr(NESTED_CONSTANT_SCALE)
 _SMALL_SCALE: tl.constexpr = tl.constexpr(2.0**-60)
 _LIFT: tl.constexpr = tl.constexpr(2.0**64)
 
@@ -40,14 +40,6 @@ def _round_to_bf16(x):
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _range(low, high, top):
-    """Scales and minima as float32: m = bf16(low), s = bf16((high - m) / top)."""
-    mins = _round_to_bf16(low)
-    scales = _round_to_bf16(tl.math.div_rn(high - mins, low * 0.0 + top))
-    return tl.where(scales > 0.0, scales, 1.0), mins
 
 
 @triton.jit
@@ -80,27 +72,6 @@ def quotient(x, lift, shifted_min, divisor, reciprocal):
 
 
 @triton.jit
-def _round_steps(steps, top, HALF_UP: tl.constexpr):
-    """The nearest code from 0 to top, as float32."""
-    steps = tl.minimum(tl.maximum(steps, 0.0), top)
-    return tl.floor(steps + 0.5) if HALF_UP else (steps + _ROUND) - _ROUND
-
-
-@triton.jit
-def _codes(x, groups, top, AXIS: tl.constexpr, HALF_UP: tl.constexpr):
-    """Codes 0 to top (float32) of x; `groups` are the `divisors` of the groups along AXIS."""
-    lift, shifted_min, divisor, reciprocal = groups
-    steps = quotient(
-        x,
-        tl.expand_dims(lift, AXIS),
-        tl.expand_dims(shifted_min, AXIS),
-        tl.expand_dims(divisor, AXIS),
-        tl.expand_dims(reciprocal, AXIS),
-    )
-    return _round_steps(steps, top, HALF_UP)
-
-
-@triton.jit
 def _kept(x, counts, other):
     """Put `other` in place of the elements of x that do not count."""
     if counts is None:
@@ -110,43 +81,46 @@ def _kept(x, counts, other):
 
 
 @triton.jit
-def _error(x, scales, mins, top, counts, AXIS: tl.constexpr, HALF_UP: tl.constexpr):
-    """Sum of squared errors of each group, of the elements that count.
+def _fit(x, counts, margin, top, AXIS: tl.constexpr):
+    """Scales and minima of the groups along AXIS (float32), over the elements that count.
 
-    It only ranks ranges, so it is computed in steps, from quotients that are an ulp or two off.
-    """
-    reciprocal = tl.math.div_rn(scales * 0.0 + 1.0, scales)
-    steps = (x - tl.expand_dims(mins, AXIS)) * tl.expand_dims(reciprocal, AXIS)
-    error = _round_steps(steps, top, HALF_UP) - steps
-    return tl.sum(_kept(error * error, counts, 0.0), axis=AXIS) * (scales * scales)
-
-
-@triton.jit
-def _fit(x, counts, tops, top, AXIS: tl.constexpr, CODING: tl.constexpr):
-    """Scales and minima of the groups along AXIS, over the elements that count (None: all).
-
-    `tops` is the largest code by group, `top` the same broadcastable to x.
+    m = bf16(low), s = bf16((high - m) / top); low and high lie the share `margin` of the range
+    inside it (None: at its ends). `margin` and `top` are by group, or one for all.
     """
     low = tl.min(_kept(x, counts, float("inf")), axis=AXIS)
     high = tl.max(_kept(x, counts, float("-inf")), axis=AXIS)
-    scales, mins = _range(low, high, tops)
-    if num_clip_ratios(CODING) > 0:
-        least = _error(x, scales, mins, top, counts, AXIS, CODING.half_up)
-        # Not unrolled: the code of one pass fits the caches.
-        for i in range(num_clip_ratios(CODING)):
-            margin = low * 0.0
-            for j in tl.static_range(num_clip_ratios(CODING)):
-                margin = tl.where(i == j, clip_margin(CODING, j), margin)
-            clipped = (high - low) * margin
-            tried_scales, tried_mins = _range(low + clipped, high - clipped, tops)
-            error = _error(x, tried_scales, tried_mins, top, counts, AXIS, CODING.half_up)
-            better = error < least
-            if CODING.extra_bytes > 0:  # outlier channels keep their whole range
-                better = better & (tops < (1 << CODING.num_bits))
-            least = tl.where(better, error, least)
-            scales = tl.where(better, tried_scales, scales)
-            mins = tl.where(better, tried_mins, mins)
-    return scales, mins
+    constant = low * 0.0 + 1.0
+    if margin is not None:
+        inwards = (high - low) * margin
+        low, high = low + inwards, high - inwards
+        constant = tl.where(margin > 0.0, constant * CONSTANT_SCALE, constant)
+    mins = _round_to_bf16(low)
+    scales = _round_to_bf16(tl.math.div_rn(high - mins, low * 0.0 + top))
+    return tl.where(scales > 0.0, scales, constant), mins
+
+
+@triton.jit
+def _codes(
+    x, scales, mins, steps, offset, top, AXIS: tl.constexpr, HALF_UP: tl.constexpr
+):  # fmt: skip
+    """Codes clip(round((x - m) / s * steps + offset), 0, top) of groups along AXIS, as float32.
+
+    The last three are broadcastable to x; None for 1 step and no offset.
+    """
+    lift, shifted_min, divisor, reciprocal = divisors(scales, mins)
+    codes = quotient(
+        x,
+        tl.expand_dims(lift, AXIS),
+        tl.expand_dims(shifted_min, AXIS),
+        tl.expand_dims(divisor, AXIS),
+        tl.expand_dims(reciprocal, AXIS),
+    )
+    if steps is not None:
+        codes = codes * steps
+    if offset is not None:
+        codes = codes + offset
+    codes = tl.minimum(tl.maximum(codes, 0.0), top)
+    return tl.floor(codes + 0.5) if HALF_UP else (codes + _ROUND) - _ROUND
 
 
 @triton.jit
@@ -179,6 +153,9 @@ def quantize_rows(
     codes = _to_int(tl.where(is_sink[:, None] | (valid == 0)[None, :], 0.0, codes))
     if CODING.extra_bytes > 0:
         _store_extra(codes, tokens, head_ptr + CODING.extra, CODING, WIDTH, PADDED)
+    if CODING.nested:
+        codes = codes >> EXTRA_BITS
+    elif CODING.extra_bytes > 0:
         codes = tl.where((channel < num_outliers(CODING))[None, :], codes >> EXTRA_BITS, codes)
 
     byte = tl.arange(0, PADDED)
@@ -195,16 +172,23 @@ def quantize_rows(
 @triton.jit
 def _code_channels(x, channel, valid, is_sink, meta_ptr, CODING: tl.constexpr):
     """Codes of rows with one scale a channel."""
-    MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
+    CELLS: tl.constexpr = 1 << CODING.num_bits
     counts, _ = tl.broadcast((is_sink == 0)[:, None], x)
     is_outlier = channel < num_outliers(CODING)
-    tops = tl.where(is_outlier, (MAX_CODE + 1) * EXTRA_STEPS - 1.0, MAX_CODE + 0.0)
-    scales, mins = _fit(x, counts, tops, tops[None, :], 0, CODING)  # [positions]
-    codes = _codes(x, divisors(scales, mins), tops[None, :], 0, CODING.half_up)
-    scales = tl.where(is_outlier, scales * EXTRA_STEPS, scales)
+    tops = tl.where(is_outlier, CELLS * EXTRA_STEPS - 1.0, CELLS - 1.0)
+    margin, steps, offset, top = None, None, None, tops[None, :]
+    if CODING.nested:
+        margin = tl.where(is_outlier, 0.0, CODING.margin)
+        steps, top = EXTRA_STEPS, CELLS * EXTRA_STEPS - 1.0
+        offset = tl.where(is_outlier, 0.0, (EXTRA_STEPS - 1) / 2)[None, :]
+    elif CODING.extra_bytes > 0:
+        steps = tl.where(is_outlier, EXTRA_STEPS, 1)[None, :]
+    scales, mins = _fit(x, counts, margin, tops, 0)  # [positions]
+    if CODING.extra_bytes > 0:
+        scales = tl.where(is_outlier, scales * EXTRA_STEPS, scales)
     tl.store(meta_ptr + CODING.scales // 2 + channel, scales.to(tl.bfloat16), mask=valid)
     tl.store(meta_ptr + CODING.mins // 2 + channel, mins.to(tl.bfloat16), mask=valid)
-    return codes
+    return _codes(x, scales, mins, steps, offset, top, 0, CODING.half_up)
 
 
 @triton.jit
@@ -216,27 +200,30 @@ def _code_tokens(
 
     IN_ORDER says that positions are channels, so that groups are pieces of equal size.
     """
-    MAX_CODE: tl.constexpr = (1 << CODING.num_bits) - 1
+    CELLS: tl.constexpr = 1 << CODING.num_bits
     GROUPS: tl.constexpr = num_groups(SPEC, CODING)
-    top = MAX_CODE + 0.0
+    margin, steps, offset, top = None, None, None, CELLS - 1.0
+    if CODING.nested:
+        margin, steps = CODING.margin, EXTRA_STEPS
+        offset, top = (EXTRA_STEPS - 1) / 2, CELLS * EXTRA_STEPS - 1.0
     at = meta_ptr + tokens
     if IN_ORDER:
         grouped = tl.reshape(x, [PAGE, GROUPS, CODING.group_channels])
-        scales, mins = _fit(grouped, None, top, top, 2, CODING)  # [64, groups]
+        scales, mins = _fit(grouped, None, margin, CELLS - 1.0, 2)  # [64, groups]
         group = tl.arange(0, GROUPS)[None, :] * PAGE
         tl.store(at[:, None] + CODING.scales // 2 + group, scales.to(tl.bfloat16))
         tl.store(at[:, None] + CODING.mins // 2 + group, mins.to(tl.bfloat16))
-        codes = _codes(grouped, divisors(scales, mins), top, 2, CODING.half_up)
+        codes = _codes(grouped, scales, mins, steps, offset, top, 2, CODING.half_up)
         codes = tl.reshape(codes, x.shape)
     else:
         codes = tl.zeros(x.shape, tl.float32)
         for group in tl.static_range(GROUPS):
             inside = (valid & (channel // CODING.group_channels == group))[None, :]
             counts, _ = tl.broadcast(inside, x)
-            scales, mins = _fit(x, counts, top, top, 1, CODING)  # [64]
+            scales, mins = _fit(x, counts, margin, CELLS - 1.0, 1)  # [64]
             tl.store(at + CODING.scales // 2 + group * PAGE, scales.to(tl.bfloat16))
             tl.store(at + CODING.mins // 2 + group * PAGE, mins.to(tl.bfloat16))
-            own = _codes(x, divisors(scales, mins), top, 1, CODING.half_up)
+            own = _codes(x, scales, mins, steps, offset, top, 1, CODING.half_up)
             codes = tl.where(inside, own, codes)
     return codes
 

@@ -110,18 +110,6 @@ def num_outliers(coding: CodingSpec) -> int:
 
 
 @constexpr_function
-def num_clip_ratios(coding: CodingSpec) -> int:
-    """Clipping ratios that the MSE range search tries besides 1."""
-    return len(coding.clip_ratios)
-
-
-@constexpr_function
-def clip_margin(coding: CodingSpec, index: int) -> float:
-    """Share of the range that the clipping ratio of an index leaves out at each end."""
-    return (1 - coding.clip_ratios[index]) / 2
-
-
-@constexpr_function
 def num_extra_tiles(coding: CodingSpec) -> int:
     """MMA tiles of 16 columns that a token's extra bits take."""
     return -(-coding.extra_bytes // 16)

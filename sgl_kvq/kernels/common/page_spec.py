@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sgl_kvq.formats.base import CLIP_RATIOS, EXTRA_BITS, Coding
+from sgl_kvq.formats.base import EXTRA_BITS, Coding, nested_margin
 from sgl_kvq.formats.page_layout import PageLayout
 
 
@@ -19,7 +19,8 @@ class CodingSpec:
         group_channels: Channels that share a scale (token axis); head_dim on the channel axis.
         half_up: Ties round up instead of to even.
         rotation: Order of the Hadamard blocks, 1 without rotation.
-        clip_ratios: Clipping ratios that the MSE range search tries besides 1; empty without it.
+        margin: Of nested codes, the distance from the minimum to the middle of the lowest cell, as
+            a share of the range; 0 of others.
         extra_bytes: Bytes of a token's extra bits of outlier channels, 0 without.
         codes, scales, mins, extra: Offsets; 0 where the field does not exist.
     """
@@ -29,7 +30,7 @@ class CodingSpec:
     group_channels: int
     half_up: bool
     rotation: int
-    clip_ratios: tuple[float, ...]
+    margin: float
     extra_bytes: int
     codes: int
     scales: int
@@ -40,6 +41,11 @@ class CodingSpec:
     def is_raw(self) -> bool:
         """Whether the page holds 16-bit rows."""
         return self.num_bits == 16
+
+    @property
+    def nested(self) -> bool:
+        """Whether codes are those of `EXTRA_BITS` more bits without the low-order ones."""
+        return self.margin > 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def _coding_spec(layout: PageLayout, name: str, coding: Coding) -> CodingSpec:
         group_channels=layout.head_dim // groups,
         half_up=coding.rounding == "half_up",
         rotation=layout.rotation_order if coding.rotated else 1,
-        clip_ratios=CLIP_RATIOS if coding.mse_clipping else (),
+        margin=nested_margin(coding.max_code) if coding.nested else 0.0,
         extra_bytes=coding.num_outliers(layout.head_dim) * EXTRA_BITS // 8,
         codes=offset("codes"),
         scales=offset("scales"),

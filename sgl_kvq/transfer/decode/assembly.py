@@ -189,6 +189,7 @@ class IncomingPart:
             peers=self.peers,
             num_tokens=transfer.prompt.num_tokens,
             token_digest=transfer.prompt.digest,
+            weights=transfer.prompt.weights,
             have=sorted(self.received)[:MAX_LIST],
         )
 

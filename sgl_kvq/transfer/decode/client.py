@@ -197,7 +197,16 @@ class DecodeThread(TransferThread):
                 self._on_disconnect(connection)
             return
         super().receive(socket)
+        self._answer(connection)
+
+    def _answer(self, connection: Connection) -> None:
+        """Answer blocks that are written; resume rooms once those before the Welcome are."""
         self._receiver.answer(connection)
+        welcomed = connection.state is ConnectionState.WELCOMED
+        if welcomed and connection.last_block not in connection.blocks:
+            connection.state, connection.last_block = ConnectionState.READY, None
+            for part in list(connection.parts.values()):
+                self._request(connection, part)
 
     def _on_flood(self, connection: Connection) -> None:
         reason = f"the instance at {connection.endpoint} sent more than it was asked for"
@@ -205,7 +214,7 @@ class DecodeThread(TransferThread):
 
     def _on_disconnect(self, connection: Connection) -> None:
         """Have the next tick reconnect: ZeroMQ itself gives up after a damaged stream."""
-        if connection.state is ConnectionState.READY:
+        if connection.state is not ConnectionState.REFUSED:
             connection.state = ConnectionState.CONNECTING
         self._report_disconnect(connection.endpoint)
         connection.broken = True
@@ -238,7 +247,7 @@ class DecodeThread(TransferThread):
     @override
     def take_results(self) -> None:
         for connection in self.connections.values():
-            self._receiver.answer(connection)
+            self._answer(connection)
 
     def _on_message(self, connection: Connection, message: Message | OtherVersion) -> None:
         if isinstance(message, OtherVersion):
@@ -268,12 +277,11 @@ class DecodeThread(TransferThread):
                 self._fail(part.transfer, "the prefill instance was restarted")
         connection.instance = welcome.instance
         connection.heads = HeadRange(welcome.first_head, welcome.first_head + welcome.num_heads)
-        if connection.state is ConnectionState.READY:
+        if connection.state in (ConnectionState.WELCOMED, ConnectionState.READY):
             return
         self._connections.release(connection)
-        connection.state = ConnectionState.READY
-        for part in list(connection.parts.values()):
-            self._request(connection, part)
+        connection.state = ConnectionState.WELCOMED
+        connection.last_block = connection.blocks[-1] if connection.blocks else None
 
     def _on_refuse(self, connection: Connection, reason: str) -> None:
         connection.state, connection.reason = ConnectionState.REFUSED, reason

@@ -32,9 +32,16 @@ PROVEN_BYTES = (MAX_QUEUED_MESSAGES + 1) * (MAX_BLOCK_BYTES + 2**20)
 
 
 class ConnectionState(Enum):
-    """State of the handshake: no answer yet, accepted, refused."""
+    """State of the handshake.
+
+    CONNECTING: no answer yet.
+    WELCOMED: accepted; blocks that came before the Welcome are still being written.
+    READY: accepted, and rooms have been requested.
+    REFUSED: the prefill rank does not fit.
+    """
 
     CONNECTING = "connecting"
+    WELCOMED = "welcomed"
     READY = "ready"
     REFUSED = "refused"
 
@@ -60,6 +67,7 @@ class Connection:
         waiting: Nonce, state and time of arrival of rooms that have no pages yet.
         parts: Rooms whose blocks arrive here.
         blocks: Blocks that are being verified and written, in order of arrival.
+        last_block: Last of them that came before the Welcome, while it is `WELCOMED`.
         finished: Nonce of rooms that ended with success, in case the last message is lost.
         descriptor: ZeroMQ's, once it is connected.
         proven: Whether a block came for one of its rooms, with the right fingerprint.
@@ -83,6 +91,7 @@ class Connection:
     waiting: dict[int, tuple[int, RequestState, float]] = field(default_factory=dict)
     parts: dict[int, IncomingPart] = field(default_factory=dict)
     blocks: deque[IncomingBlock] = field(default_factory=deque)
+    last_block: IncomingBlock | None = None
     finished: dict[int, int] = field(default_factory=dict)
     descriptor: int = -1
     proven: bool = False

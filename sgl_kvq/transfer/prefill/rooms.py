@@ -305,11 +305,10 @@ class OutgoingTransfer:
         """Compare the decode instance's prompt with this one, once both are known.
 
         Raises:
-            TransferError: their tokens differ.
+            TransferError: their tokens or weights differ.
         """
         if self.prompt is not None and self.request is not None:
-            decode = Prompt(self.request.num_tokens, self.request.token_digest)
-            check_prompts(self.prompt, decode)
+            check_prompts(self.prompt, _prompt_of(self.request))
 
     def add_blocks(self, blocks: list[Block], is_last: bool) -> None:
         """Queue further blocks for every peer."""
@@ -320,12 +319,10 @@ class OutgoingTransfer:
             part.enqueue_new()
 
 
-def _shared_fields(request: Request) -> tuple[int, ...]:
+def _prompt_of(request: Request) -> Prompt:
+    return Prompt(request.num_tokens, request.token_digest, request.weights)
+
+
+def _shared_fields(request: Request) -> tuple[object, ...]:
     """What the requests of all decode ranks of a transfer have in common."""
-    return (
-        request.peers,
-        request.prefix_pages,
-        request.num_pages,
-        request.num_tokens,
-        request.token_digest,
-    )
+    return request.peers, request.prefix_pages, request.num_pages, _prompt_of(request)

@@ -13,7 +13,7 @@ from sgl_kvq.errors import ChecksumError, WireError
 from sgl_kvq.memory_pool.page_io.span import Buffer, SpanKind
 
 MAGIC = b"KVQB"
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAX_BLOCK_BYTES = 16 * 2**20
 """Largest payload, before and after the codec; sockets drop a peer that sends more."""
 

@@ -92,7 +92,8 @@ class Request:
     """Decode has pages ready and wants a transfer; sent again after a lost connection.
 
     `prefix_pages` leading pages are already there. `peers` decode ranks send this prefill rank a
-    request for the room. `num_tokens` and `token_digest` are those of the whole prompt (`Prompt`).
+    request for the room. `num_tokens` and `token_digest` are those of the whole prompt, `weights`
+    is the version of those that serve it (`Prompt`).
     `have` lists blocks that need not be sent again.
     """
 
@@ -105,6 +106,7 @@ class Request:
     peers: U16
     num_tokens: U32
     token_digest: U64
+    weights: Text
     have: Seqs
 
 

@@ -1,4 +1,4 @@
-"""What both instances must agree on about a request: its tokens."""
+"""What both instances must agree on about a request: its tokens, and the weights that serve it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,33 @@ class Prompt(NamedTuple):
     Args:
         num_tokens: Their number.
         digest: xxh3-64 of their ids as int64, little-endian.
+        weights: Version of the weights that the instance serves.
     """
 
     num_tokens: int
     digest: int
+    weights: str
 
 
-def describe_prompt(token_ids: Sequence[int]) -> Prompt:
-    """Count and digest of token ids."""
+def describe_prompt(token_ids: Sequence[int], weights: str = "") -> Prompt:
+    """Count and digest of token ids, and the weights that serve them."""
     ids = np.asarray(token_ids, dtype="<i8")
-    return Prompt(len(ids), xxhash.xxh3_64_intdigest(ids.tobytes()))
+    return Prompt(len(ids), xxhash.xxh3_64_intdigest(ids.tobytes()), weights)
 
 
 def check_prompts(prefill: Prompt, decode: Prompt) -> None:
-    """Refuse a transfer of KV of other tokens than the decode instance expects.
+    """Refuse a transfer of KV of other tokens or weights than the decode instance expects.
 
     Raises:
-        TransferError: number or ids differ.
+        TransferError: number or ids of the tokens differ, or the weights.
     """
     if prefill == decode:
         return
+    if prefill.weights != decode.weights:
+        raise TransferError(
+            f"the weights differ: prefill serves version {prefill.weights!r}, decode "
+            f"{decode.weights!r}; update the weights of both instances, with one weight_version"
+        )
     same_length = prefill.num_tokens == decode.num_tokens
     counts = f"prefill has {prefill.num_tokens} tokens, decode {decode.num_tokens}"
     ids = f"both have {prefill.num_tokens} tokens, but other ids"

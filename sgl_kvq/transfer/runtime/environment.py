@@ -93,7 +93,7 @@ class Environment:
             only_peers = self.inbound.check()
             self._poller.unregister(descriptor)
             self._next_check = now + (CHECK_PEERS_S if only_peers else CHECK_STRANGERS_S)
-        elif descriptor not in self._poller:
+        if descriptor not in self._poller:
             if now < self._next_check:
                 return min(timeout_s, self._next_check - now)
             self._poller.register(descriptor, zmq.POLLIN)

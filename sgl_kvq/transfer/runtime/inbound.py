@@ -2,7 +2,8 @@
 
 ZeroMQ bounds the size of a frame and, by its high-water mark, the number of whole messages. It
 keeps the frames of an unfinished message without a limit, so the limit is kept here: the kernel
-tells how many bytes came in, and a connection that sent too many is shut down.
+tells how many bytes came in, and a connection that sent too many is shut down. So is a stranger
+that sent them in too many packets, each of which wakes ZeroMQ.
 """
 
 from __future__ import annotations
@@ -16,14 +17,32 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _DISCARD = socket.MSG_TRUNC | socket.MSG_DONTWAIT
 _SO_BUF_LOCK = 72
-_TCP_INFO_BYTES = 136
-_BYTES_RECEIVED = struct.Struct("128xQ")  # tcpi_bytes_received of struct tcp_info
+# tcpi_bytes_received and tcpi_data_segs_in of struct tcp_info
+_RECEIVED = struct.Struct("128xQ16xI4x")
 
 HELD_BUFFER_BYTES = 1024
 """The kernel's receive buffer while a peer has said nothing that makes sense."""
+FREE_PACKETS, PACKET_BYTES = 256, 256
+"""Packets that a stranger may send, and one more for so many bytes that it may."""
+
+
+class _Received(NamedTuple):
+    """What has come in on a connection, unless the kernel still has it.
+
+    Args:
+        nbytes: Bytes that ZeroMQ has read from the kernel.
+        packets: Packets with data, unread ones included.
+    """
+
+    nbytes: int
+    packets: int
+
+
+_NOTHING = _Received(0, 0)
 
 
 @dataclass(eq=False)
@@ -36,7 +55,7 @@ class _Connection:
         limit_bytes: Bytes it may send between two messages that are taken.
         expires: When it is dropped if it is not `proven` by then, in seconds.
         on_drop: Called when it is dropped.
-        taken_bytes: What had come in when the last message was taken.
+        taken: What had come in when the last message was taken.
         proven: Whether the peer has shown that it belongs to us.
     """
 
@@ -45,14 +64,22 @@ class _Connection:
     limit_bytes: int
     expires: float
     on_drop: Callable[[], None]
-    taken_bytes: int = 0
+    taken: _Received = _NOTHING
     proven: bool = False
 
-    def read_bytes(self) -> int:
-        """Bytes that ZeroMQ has read from the kernel."""
-        info = self.duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    def received(self) -> _Received:
+        """What has come in since the connection was opened."""
+        info = self.duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.size)
         unread = fcntl.ioctl(self.duplicate, termios.FIONREAD, bytes(4))
-        return int(_BYTES_RECEIVED.unpack(info)[0]) - int.from_bytes(unread, "little")
+        nbytes, packets = _RECEIVED.unpack(info)
+        return _Received(nbytes - int.from_bytes(unread, "little"), packets)
+
+    def sent_too_much(self) -> bool:
+        """Whether more than the limit has come in since the last message was taken."""
+        now = self.received()
+        packets = now.packets - self.taken.packets
+        too_many = not self.proven and packets > FREE_PACKETS + self.limit_bytes // PACKET_BYTES
+        return too_many or now.nbytes - self.taken.nbytes > self.limit_bytes
 
 
 class InboundLimits:
@@ -107,7 +134,7 @@ class InboundLimits:
         """A whole message of the connection was taken."""
         known = self._connections.get(descriptor)
         if known is not None:
-            known.taken_bytes = known.read_bytes()
+            known.taken = known.received()
 
     def prove(self, descriptor: int, limit_bytes: int, buffer_bytes: int = 0) -> bool:
         """The peer belongs to us and gets another limit.
@@ -123,7 +150,7 @@ class InboundLimits:
         known = self._connections.get(descriptor)
         if known is None or known.proven:
             return False
-        known.proven, known.limit_bytes, known.taken_bytes = True, limit_bytes, known.read_bytes()
+        known.proven, known.limit_bytes, known.taken = True, limit_bytes, known.received()
         if buffer_bytes:
             known.duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
             known.duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, buffer_bytes)
@@ -167,7 +194,7 @@ class InboundLimits:
             if known.duplicate.fileno() in active
         ]
         for descriptor, known in senders:
-            if known.read_bytes() - known.taken_bytes > known.limit_bytes:
+            if known.sent_too_much():
                 self.drop(descriptor)
         return all(known.proven for _, known in senders)
 

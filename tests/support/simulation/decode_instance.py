@@ -52,6 +52,8 @@ class DecodeInstance(Instance):
             return endpoints[1:]
         if request.plan.fault == "rank twice" and rank == 0:
             return [*endpoints[1:], endpoints[0], prefill.alias(ranks[0])]
+        if request.plan.fault == "rank instead" and rank == 0:
+            return [endpoints[0], prefill.alias(ranks[0]), *endpoints[2:]]
         return endpoints
 
     def arrive(self, request: SideOfRoom) -> None:
@@ -112,8 +114,8 @@ class DecodeInstance(Instance):
         request = self.by_number[transfer.room]
         self.world.trace(self.name, f"rank {rank}: success of {transfer.room}")
         request.status[rank] = SUCCESS
-        if request.plan.fault == "prompt":
-            self.world.violate("success although the prompts differ")
+        if request.plan.fault in ("prompt", "weights"):
+            self.world.violate(f"success although the {request.plan.fault} differ")
         else:
             self._check(rank, request)
         self.changed(request)

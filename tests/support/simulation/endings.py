@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sgl_kvq.transfer.prefill.pace import START_BYTES
 from tests.support.simulation.instances import SLACK_S, Instance
 from tests.support.simulation.requests import FAILED, SUCCESS, SideOfRoom
-from tests.support.simulation.scenario import RoomPlan
+from tests.support.simulation.scenario import WRONG_SOURCES, RoomPlan
 from tests.support.simulation.world import START_S
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WATCHED = 50
 """Requests of an instance that are looked at each time, the oldest first."""
+_SOURCES = ("at least one", "one address for each", "each at one")
 TOLD_S = 1.0
 """In which a decode instance hears that the prefill instance refuses its request."""
 
@@ -118,12 +119,22 @@ class Endings:
         reasons = "; ".join(prefill.reasons + decode.reasons)
         if self._scenario.strict and not wrong and results != (SUCCESS, SUCCESS):
             self._world.violate(f"{plan.number} ended {results} without a fault: {reasons}")
-        if plan.fault in ("prompt", "refused") and SUCCESS in results:
+        if plan.fault in ("prompt", "weights", "refused") and SUCCESS in results:
             self._world.violate(f"{plan.number} ended {results} in spite of {plan.fault}")
+        if plan.fault in WRONG_SOURCES and decode.begun_at and not (plan.abort or bad_codec):
+            self._check_sources_named(plan, decode)
         if plan.fault == "refused" and decode.begun_at and decode.over_at:
             told_s = decode.over_at - max(decode.begun_at, prefill.over_at or 0.0)
             if told_s > TOLD_S and self._scenario.strict:
                 self._world.violate(f"{plan.number} was refused, told after {told_s:.1f} s")
+
+    def _check_sources_named(self, plan: RoomPlan, decode: SideOfRoom) -> None:
+        """Wrong prefill ranks are refused in a line that says what is wrong with them."""
+        reasons = "; ".join(decode.reasons)
+        told = any(f"expected {what} prefill rank" in reasons for what in _SOURCES)
+        unneeded = plan.fault == "missing rank" and decode.result == SUCCESS  # heads held by others
+        if plan.number not in self._reused and not (told or unneeded):
+            self._world.violate(f"{plan.number}: {plan.fault}, decode says {reasons!r}")
 
     def check_nothing_held(self) -> None:
         """Rooms, parts, buffers, sockets and pages are free again."""

@@ -61,6 +61,16 @@ class Faults:
         if path:
             path.trap = _TRAPS[int(fault.size * len(_TRAPS))]
 
+    def cut_unread(self, fault: Fault) -> None:
+        """A connection breaks while the prefill rank stands still, with messages unread there."""
+        path = self._path(fault)
+        router = self._network.router(path.endpoint) if path else None
+        if path is None or router is None:
+            return
+        environment, end = router.environment, self._world.now + fault.duration_s
+        environment.paused_until = max(environment.paused_until, end)
+        self._world.after(fault.size * fault.duration_s, lambda: self.cut(fault))
+
     def cut_all(self, fault: Fault) -> None:
         for path in self._network.paths:
             for wire in list(path.wires):

@@ -125,7 +125,6 @@ class Wire:
         self.up = Lane(self, dealer.outbox, self._to_router)
         self.down = Lane(self, deque(), self._to_dealer)
         self.greeted = False  # whether the prefill rank has read a Hello from it
-        self.mixed = False  # whether it also read messages of the connection before
         self.sent: set[tuple[int, ...]] = set()  # blocks, since the last one
         path.wires.append(self)
         path.opened += 1

@@ -14,6 +14,7 @@ from tests.support.simulation.instances import Instance
 from tests.support.simulation.network import Path
 from tests.support.simulation.pools import NUM_LAYERS, SINK_TOKENS, page_layout
 from tests.support.simulation.requests import FAILED, OPEN, REQUESTED, SUCCESS, SideOfRoom
+from tests.support.simulation.scenario import WRONG_SOURCES
 
 METADATA_BYTES = 200
 
@@ -82,7 +83,7 @@ class PrefillInstance(Instance):
 
     def _is_requested(self, request: SideOfRoom) -> bool:
         """Whether all ranks may send; one that nobody knows does not hold up the others."""
-        unknown_ranks = request.plan.fault in ("missing rank", "rank twice")
+        unknown_ranks = request.plan.fault in WRONG_SOURCES
         return REQUESTED in request.status if unknown_ranks else OPEN not in request.status
 
     def _begin(self, request: SideOfRoom) -> None:

@@ -58,8 +58,9 @@ class SideOfRoom:
 
     @property
     def prompt(self) -> Prompt:
-        wrong = self.plan.fault == "prompt" and self.side == "decode"
-        return describe_prompt([self.plan.key, self.plan.num_tokens, int(wrong)])
+        fault = self.plan.fault if self.side == "decode" else ""
+        ids = [self.plan.key, self.plan.num_tokens, int(fault == "prompt")]
+        return describe_prompt(ids, "new" if fault == "weights" else "old")
 
     def add_state(self, on_change: Callable[[], None]) -> RequestState:
         """State of the next rank."""

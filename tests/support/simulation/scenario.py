@@ -20,6 +20,10 @@ CODECS = ("wrapped", "missing", "broken")
 """Both sides have it; the decode side lacks it; the decode side says it has it and fails."""
 
 
+WRONG_SOURCES = ("missing rank", "rank twice", "rank instead")
+"""A prefill rank is not named, or also by a second address, beside or instead of another."""
+
+
 @dataclass(frozen=True)
 class RoomPlan:
     """One request.
@@ -36,7 +40,8 @@ class RoomPlan:
         chunk_s: Time between chunks of the prefill.
         chunk_pages: Pages of a chunk.
         abort: Side and time of an abort by the user.
-        fault: What is wrong with it: "prompt", "reused", "refused", "missing rank", "rank twice".
+        fault: What is wrong with it: "prompt", "weights", "reused", "refused", or one of
+            `WRONG_SOURCES`.
     """
 
     key: int
@@ -207,7 +212,7 @@ def _draw_rooms(rng: random.Random, scenario: Scenario) -> None:
         elif profile in ("misuse", "chaos", "slow") and rng.random() < 0.2:
             abort = (rng.choice(["prefill", "decode"]), at + rng.uniform(0, rng.choice([1, 5])))
         if profile == "misuse" and rng.random() < 0.5:
-            fault = rng.choice(["prompt", "reused", "refused", "missing rank", "rank twice"])
+            fault = rng.choice(["prompt", "weights", "reused", "refused", *WRONG_SOURCES])
         number = rng.getrandbits(63)
         if fault == "reused" and scenario.rooms:
             number = rng.choice(scenario.rooms).number
@@ -234,9 +239,8 @@ def _draw_faults(rng: random.Random, scenario: Scenario) -> None:
     if scenario.profile == "cuts":
         # Few enough for the five tries of a block.
         for i in range(rng.randint(1, 3)):
-            kind = rng.choice(
-                ["cut", "cut", "cut_on", "cut_on", "stall", "refuse", "pause", "damage"]
-            )
+            kinds = ["cut", "cut", "cut_on", "cut_on", "cut_unread", "cut_unread"]
+            kind = rng.choice([*kinds, "stall", "refuse", "pause", "damage"])
             at = rng.uniform(0, 2) + 1.5 * i * deadline_s
             fault = Fault(
                 at, kind, rng.random(), rng.uniform(0.05, 0.25 * deadline_s), rng.random()
@@ -245,7 +249,7 @@ def _draw_faults(rng: random.Random, scenario: Scenario) -> None:
     if scenario.profile == "chaos":
         kinds = ["cut", "cut", "half_open", "stall", "refuse", "reject", "pause", "damage", "slow"]
         kinds += ["restart_prefill", "restart_decode", "no_descriptors", "cut_all"]
-        kinds += ["garble", "cut_on"]
+        kinds += ["garble", "cut_on", "cut_unread"]
         kinds = rng.sample(kinds, rng.randint(1, 4))
         for _ in range(rng.randint(1, 8)):
             duration_s = deadline_s * 10 ** rng.uniform(-2, 0.4)

@@ -230,10 +230,15 @@ class Router(Socket):
 
     def attach(self, wire: Wire) -> None:
         """A connection has passed ZeroMQ's handshake."""
-        old = self._wires.get(wire.dealer.identity)
-        self._wires[wire.dealer.identity] = wire
+        identity = wire.dealer.identity
+        for older in self._turns:
+            if older.dealer.identity == identity:
+                taken = older is self._turns[0]  # a poll has taken the first message
+                while len(older.inbound) > taken:
+                    older.inbound.pop()
+        old = self._wires.get(identity)
+        self._wires[identity] = wire
         if old is not None:
-            old.inbound.clear()
             self.network.drop(old.down.pipe)
             old.cut()
 
@@ -262,12 +267,6 @@ class Router(Socket):
         frames = wire.inbound.popleft()
         if wire.inbound:
             self._turns.append(wire)
-        current = self._wires.get(frames[0], wire)
-        if current is not wire:  # what came over an older connection is read late
-            current.mixed = True
-        if frames[1] == b"C" and b"hello" in frames[2]:
-            current.greeted = True
-            current.sent.clear()
         return frames
 
     def send_multipart(self, frames: list[bytes], flags: int = 0) -> None:
@@ -305,8 +304,7 @@ class Router(Socket):
                 self.world.violate(
                     f"block {block[2]} of {block[0]} is sent again on {wire.path.name}"
                 )
-            if wire.greeted and not wire.mixed:
-                wire.sent.add(block)
+            wire.sent.add(block)
 
     def close(self, linger: int | None = None) -> None:
         """What is queued still leaves, as with a short linger."""

@@ -6,7 +6,7 @@ from statistics import mean
 
 import torch
 
-from sgl_kvq.commands.geometry import model_geometry
+from sgl_kvq.fidelity.geometry import model_geometry
 from sgl_kvq.formats.base import PAGE_SIZE
 from sgl_kvq.formats.calibration import change_basis, load_calibration
 from sgl_kvq.formats.dequantize import decode_keys, decode_values
@@ -15,7 +15,7 @@ from sgl_kvq.formats.quantize import encode_pages, replace_nonfinite
 
 
 class FormatHistory:
-    """A format, for a `benchmarks.fidelity.teacher.Teacher`.
+    """A format, for a `sgl_kvq.fidelity.teacher.Teacher`.
 
     Args:
         name: The format.
@@ -59,6 +59,11 @@ class FormatHistory:
     def bits_per_element(self) -> float:
         """Bits a stored number takes, mean over layers, all metadata of its page included."""
         return mean(layout.bits_per_element for layout in self.layouts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of a token in closed pages, all layers."""
+        return sum(layout.page_bytes for layout in self.layouts) / PAGE_SIZE
 
     def enter(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
-from benchmarks.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.history import FormatHistory
+from sgl_kvq.fidelity.loading import load_model
 from sgl_kvq.formats.base import PAGE_SIZE
 
 ATTENTION_NAME = "kvq_teacher"
@@ -60,14 +61,14 @@ def _recent(
     """Attention to the own page and to the window before it: out like q, lse [heads, tokens]."""
     pages = [x.unflatten(1, (-1, PAGE_SIZE)).transpose(0, 1) for x in (q, *rows)]
     padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, window_pages, 0)) for x in pages[1:])
-    spans = [  # [pages, heads, (1 + window_pages) * P, D]
+    k, v = (  # [pages, heads, (1 + window_pages) * P, D]
         x.unfold(0, 1 + window_pages, 1).permute(0, 1, 4, 2, 3).flatten(2, 3) for x in padded
-    ]
+    )
     place = torch.arange(-window_pages * PAGE_SIZE, PAGE_SIZE, device=q.device)
     future = place > torch.arange(PAGE_SIZE, device=q.device)[:, None]
     page_start = torch.arange(len(pages[0]), device=q.device)[:, None, None] * PAGE_SIZE
     hidden = (future | (place + page_start < 0)).unsqueeze(1)  # [pages, 1, P, span]
-    out, lse = _attend(pages[0], *spans, hidden, sm_scale)
+    out, lse = _attend(pages[0], k, v, hidden, sm_scale)
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
 
 
@@ -129,21 +130,18 @@ class Teacher:
     def __init__(
         self, model_path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, attn_implementation=ATTENTION_NAME
-        )
-        self.model = model.eval().to(device)
+        self.model = load_model(model_path, dtype, ATTENTION_NAME, device)
         self.device = torch.device(device)
 
     @torch.inference_mode()
     def hidden(self, token_ids: torch.Tensor, history: FormatHistory) -> torch.Tensor:
         """Return the last hidden states, [T, hidden] in the model's type, of int64 [T] tokens."""
         ids = token_ids[None].to(self.device)
-        states = self.model.model(input_ids=ids, use_cache=False, history=history)
+        states = self.model.base_model(input_ids=ids, use_cache=False, history=history)
         return states.last_hidden_state[0]
 
     @torch.inference_mode()
     def logprobs(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield log-probabilities of the next token, float32 [<= LOGIT_ROWS, vocabulary]."""
         for rows in hidden.split(LOGIT_ROWS):
-            yield self.model.lm_head(rows).float().log_softmax(-1)
+            yield self.model.get_output_embeddings()(rows).float().log_softmax(-1)
