@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {
         "GraniteConfig",
         {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
-    "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {}),
+    "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"use_qk_norm": True}),
     "minimax-m2": Family(
         "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"scoring_func": "sigmoid"} | LOCAL_EXPERTS
     ),
@@ -79,16 +79,10 @@ FAMILIES: dict[str, Family] = {
         "PhiMoEForCausalLM", "PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}
     ),
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", {}),  # biases on Q, K and V
-    "qwen2-moe": Family(
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        {"shared_expert_intermediate_size": 256} | EXPERTS | EXPERT_SIZE,
-    ),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 128}),  # norms on Q and K
     # Asks the backend for its pool.
     "qwen3-moe": Family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS | EXPERT_SIZE),
     "smollm3": Family(WRAPPER, "SmolLM3Config", {}),
-    "stablelm": Family("StableLmForCausalLM", "StableLmConfig", {}),
     "starcoder2": Family("Starcoder2ForCausalLM", "Starcoder2Config", {"sliding_window": None}),
 }
 """By name."""
