@@ -7,6 +7,7 @@ from sgl_kvq.formats.page_layout import PageLayout
 from sgl_kvq.formats.registry import format_names, get_format
 from sgl_kvq.host.metrics import GAUGES, NONFINITE, PREFIX
 from tests.support import ROOT
+from tests.support.model_folders import FAMILIES
 
 
 def test_layout_tables_are_what_the_code_says() -> None:
@@ -32,3 +33,9 @@ def test_every_metric_is_documented() -> None:
     text = (ROOT / "docs" / "observability.md").read_text()
     for name in (*GAUGES, f"{NONFINITE}_total"):
         assert f"`{PREFIX}{name}`" in text
+
+
+def test_models_that_are_tested_are_those_the_docs_name() -> None:
+    table = (ROOT / "docs" / "models.md").read_text().partition("## Tried")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+For\w+)`", table))
+    assert named == {family.served_class for family in FAMILIES.values()}

@@ -66,6 +66,8 @@ def test_family_matches_the_oracle(
             kv_quant_memory_gb=0.02,
             max_running_requests=2,
         )
+        served_by = type(harness.scheduler.tp_worker.model_runner.model).__name__
+        assert served_by == FAMILIES[family].served_class
         assert harness.pool.layout.row_dtype == dtype
         (result,) = harness.generate([prompt], NEW_TOKENS, input_logprobs=True)
         served = torch.tensor(result.input_logprobs + result.output_logprobs)

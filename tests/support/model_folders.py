@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+WRAPPER = "TransformersForCausalLM"
+"""SGLang's class of the models that it runs with transformers' own code."""
 
 SIZES = {
     "hidden_size": 256,
@@ -24,52 +27,65 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 4}
 EXPERT_SIZE = {"moe_intermediate_size": 256}
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
-    "arcee": ("ArceeConfig", {}),
-    "cohere": ("CohereConfig", {"logit_scale": 1.0}),
-    "ernie4.5": ("Ernie4_5Config", {}),
-    "ernie4.5-moe": (
-        "Ernie4_5_MoeConfig",
-        {"moe_num_experts": 4, "moe_k": 4, "moe_num_shared_experts": 1} | EXPERT_SIZE,
-    ),
-    "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
-    "gemma": ("GemmaConfig", {}),
-    "glm4": ("Glm4Config", {}),
-    "glm4-moe": (
+
+class Family(NamedTuple):
+    """A kind of attention layer, or of model around it.
+
+    Args:
+        served_class: SGLang's class that serves it.
+        config_class: Configuration in transformers.
+        changes: What sets it apart from a Llama with two KV heads.
+    """
+
+    served_class: str
+    config_class: str
+    changes: dict[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", {}),
+    "llama-mha": Family("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 4}),
+    "arcee": Family("ArceeForCausalLM", "ArceeConfig", {}),
+    "cohere": Family("CohereForCausalLM", "CohereConfig", {"logit_scale": 1.0}),
+    "ernie4.5": Family("Ernie4_5_ForCausalLM", "Ernie4_5Config", {}),
+    "gemma": Family("GemmaForCausalLM", "GemmaConfig", {}),
+    "glm4": Family("Glm4ForCausalLM", "Glm4Config", {}),
+    "glm4-moe": Family(
+        "Glm4MoeForCausalLM",
         "Glm4MoeConfig",
         {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
         | EXPERT_SIZE,
     ),
-    "gpt-bigcode": ("GPTBigCodeConfig", {}),
-    "granite": (
+    "gpt-bigcode": Family("GPTBigCodeForCausalLM", "GPTBigCodeConfig", {}),
+    "granite": Family(
+        "GraniteForCausalLM",
         "GraniteConfig",
         {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
-    "granite-moe": ("GraniteMoeConfig", {"attention_multiplier": 0.1} | LOCAL_EXPERTS),
-    "hunyuan": ("HunYuanDenseV1Config", {}),
-    "minimax-m2": ("MiniMaxM2Config", LOCAL_EXPERTS),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mixtral": ("MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS),
-    "olmo": ("OlmoConfig", {}),
-    "olmo2": ("Olmo2Config", {}),
-    "olmoe": ("OlmoeConfig", EXPERTS),
-    "phi": ("PhiConfig", {}),
-    "phi3": ("Phi3Config", {"sliding_window": None}),
-    "phi-moe": ("PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}),
-    "qwen2": ("Qwen2Config", {}),  # biases on Q, K and V
-    "qwen2-moe": (
-        "Qwen2MoeConfig",
-        {"shared_expert_intermediate_size": 256} | EXPERTS | EXPERT_SIZE,
+    "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"use_qk_norm": True}),
+    "minimax-m2": Family(
+        "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"scoring_func": "sigmoid"} | LOCAL_EXPERTS
     ),
-    "qwen3": ("Qwen3Config", {"head_dim": 128}),  # norms on Q and K
-    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS | EXPERT_SIZE),  # asks the backend for its pool
-    "smollm3": ("SmolLM3Config", {}),  # of those that SGLang serves with transformers' model
-    "stablelm": ("StableLmConfig", {}),
-    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}),
+    "mixtral": Family(
+        "MixtralForCausalLM", "MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS
+    ),
+    "olmo": Family("OlmoForCausalLM", "OlmoConfig", {}),
+    "olmo2": Family("Olmo2ForCausalLM", "Olmo2Config", {}),
+    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", {"num_key_value_heads": 4} | EXPERTS),
+    "phi": Family("PhiForCausalLM", "PhiConfig", {}),
+    "phi3": Family("Phi3ForCausalLM", "Phi3Config", {"sliding_window": None}),
+    "phi-moe": Family(
+        "PhiMoEForCausalLM", "PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", {}),  # biases on Q, K and V
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 128}),  # norms on Q and K
+    # Asks the backend for its pool.
+    "qwen3-moe": Family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS | EXPERT_SIZE),
+    "smollm3": Family(WRAPPER, "SmolLM3Config", {}),
+    "starcoder2": Family("Starcoder2ForCausalLM", "Starcoder2Config", {"sliding_window": None}),
 }
-"""Name: configuration class, and what sets the family apart from a Llama with two KV heads."""
+"""By name."""
 
 
 def make_model(
@@ -85,10 +101,12 @@ def make_model(
         changes: Fields of the configuration.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    config_class, special = FAMILIES[family]
+    known = FAMILIES[family]
     common = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "dtype": dtype}
     common["eos_token_id"] = common["pad_token_id"] = tokenizer.eos_token_id  # grammars need one
-    config = getattr(transformers, config_class)(**{**SIZES, **common, **special, **changes})
+    config = getattr(transformers, known.config_class)(
+        **{**SIZES, **common, **known.changes, **changes}
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     for name, weight in model.named_parameters():
@@ -96,5 +114,8 @@ def make_model(
         if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
             weight.data += 0.5 * torch.randn_like(weight)
     model.save_pretrained(folder)
+    if known.served_class != WRAPPER:  # some classes have another name in transformers
+        config.architectures = [known.served_class]
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model

@@ -139,6 +139,7 @@ class SchedulerHarness:
 
         self.scheduler.process_input_requests([AbortReq(rid=rid)])
 
+    @torch.no_grad()  # as SGLang's event loop
     def step(self) -> bool:
         """Run one turn of the event loop; return whether a batch ran."""
         scheduler = self.scheduler
