@@ -10,7 +10,7 @@ import torch
 
 from sgl_kvq import __version__
 from sgl_kvq.config import KVQuantConfig
-from sgl_kvq.errors import ConfigError
+from sgl_kvq.errors import ConfigError, HostError, KvqError
 from sgl_kvq.fidelity.loss import REFUSE_NATS, Loss, mean_loss, verdict
 from sgl_kvq.fidelity.memory import recall, remember
 from sgl_kvq.fidelity.text import measured_ids
@@ -42,6 +42,7 @@ def check_loss(scheduler: Any) -> None:
 
     Raises:
         ConfigError: the loss is above `REFUSE_NATS` and not accepted.
+        KvqError: the model uses KV in a way that quantized pages do not support.
     """
     args, runner = scheduler.server_args, scheduler.tp_worker.model_runner
     config = quant_config(args)
@@ -57,6 +58,10 @@ def check_loss(scheduler: Any) -> None:
         began = time.perf_counter()
         try:
             loss = measure_loss(runner, scheduler.tokenizer)
+        except KvqError as error:
+            if not isinstance(error, HostError):  # what the model does, not what we asked of SGLang
+                raise
+            reason = str(error)
         except Exception as error:  # a server that cannot be checked is served all the same
             reason = f"{type(error).__name__}: {error}"
         else:

@@ -105,6 +105,19 @@ def test_garbage_ends_the_server_with_one_line_unless_accepted(
     assert check().levelno == logging.WARNING
 
 
+def test_a_model_that_cannot_be_served_ends_the_server_with_one_line(
+    server: SchedulerHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first forward comes before the server is ready."""
+    layer = server.scheduler.tp_worker.model_runner.model.model.layers[0].self_attn.attn
+    monkeypatch.setattr(layer, "scaling", 2 * layer.scaling)
+    monkeypatch.setattr(start_check, "recall", lambda key: None)
+    with pytest.raises(SystemExit):
+        plugin._init_cuda_graphs(lambda scheduler: None, server.scheduler)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: attention backend kvq: layer 0 scales its scores by 0.25, by")
+
+
 def test_steps_of_a_page_are_what_is_served(server: SchedulerHarness, text_ids: list[int]) -> None:
     """The pass that reads codes has the log-probabilities that the server answers with."""
     ids = torch.tensor(text_ids[:TOKENS])
