@@ -217,11 +217,14 @@ def _attention(
     *,
     oracle_format: KVFormat,
     oracle_sink_tokens: int,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers; takes [batch, heads, T, head_dim] with batch 1."""
     if query.shape[0] != 1 or attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError("the oracle takes one whole sequence, without padding and without a cache")
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
     out = paged_attention(query[0], key[0], value[0], oracle_format, oracle_sink_tokens)
     return out.transpose(0, 1)[None].to(query.dtype).contiguous(), None
 

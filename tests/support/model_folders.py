@@ -62,6 +62,9 @@ FAMILIES: dict[str, Family] = {
         "GraniteConfig",
         {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     ),
+    "granite-moe": Family(
+        "GraniteMoeForCausalLM", "GraniteMoeConfig", {"attention_multiplier": 0.1} | LOCAL_EXPERTS
+    ),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"use_qk_norm": True}),
     "minimax-m2": Family(
         "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"scoring_func": "sigmoid"} | LOCAL_EXPERTS
@@ -70,10 +73,10 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS
     ),
-    "olmo": Family("OlmoForCausalLM", "OlmoConfig", {}),
+    "olmo": Family("OlmoForCausalLM", "OlmoConfig", {"num_key_value_heads": 4}),
     "olmo2": Family("Olmo2ForCausalLM", "Olmo2Config", {}),
     "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", {"num_key_value_heads": 4} | EXPERTS),
-    "phi": Family("PhiForCausalLM", "PhiConfig", {}),
+    "phi": Family("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4}),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", {"sliding_window": None}),
     "phi-moe": Family(
         "PhiMoEForCausalLM", "PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}
