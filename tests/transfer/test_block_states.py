@@ -98,6 +98,18 @@ def test_what_is_counted_follows_the_states(steps: list[tuple[str, list[int]]]) 
     assert sorted([*free, *on_the_way]) == sorted(map(id, made))
 
 
+def test_an_acknowledgement_after_the_end_changes_nothing() -> None:
+    part, _ = make_part([])
+    for state in (BlockState.READING, BlockState.IN_FLIGHT, BlockState.QUEUED):
+        if state is BlockState.IN_FLIGHT:
+            part.mark_sent(0, WIRE_BYTES, None, now=0.0)
+        else:
+            part.transition(0, state)
+    part.drop()
+    assert part.acknowledge([0], now=1.0) == []
+    assert part.state_of(0) is None
+
+
 def test_a_gap_in_the_acknowledgements_is_a_loss() -> None:
     part, _ = make_part([])
     for seq in (0, 1, 2, 3):

@@ -35,7 +35,6 @@ FOUND = {
     201: "a block was written after its request had ended",
     415: "a message of blocks that could not be read at all was not asked for again",
     421: "a request that had been asked for was not told when it was refused then",
-    719: "an acknowledgement after the end was an error",
 }
 """Seeds that find a fault when its mend is taken out."""
 

@@ -173,6 +173,7 @@ class Network:
         self.held: Counter[int] = Counter()
         self.can_undo = True  # whether decode ranks have the codec of the prefill ranks
         self.damaged = 0
+        self.nacked = False
         self.changed_memory = False  # pages were freed while they may have been on the way
         self.pools: list[SimulatedPool] = []
         self._paths: dict[tuple[str, str], Path] = {}
@@ -196,6 +197,7 @@ class Network:
     def arrived(self, path: Path, side: str, message: Message) -> None:
         """Note a delivery, and damage the message if that is its fate."""
         path.last_delivery[side] = self.world.now
+        self.nacked |= message.frames[0] == b"C" and b"nack" in message.frames[1]
         if path.damage and side == "decode" and message.frames[0] == b"B":
             path.damage -= 1
             self.damaged += 1

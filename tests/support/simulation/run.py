@@ -110,7 +110,8 @@ class Simulation:
             over = world.run(lambda: self._open == 0, endings.limit_s)
             endings.check_all(over)
             late_s = 2 * HALF_OPEN_S if any(f.kind == "half_open" for f in scenario.faults) else 0
-            world.run(lambda: False, 1.5 * scenario.deadline_s + 1 + late_s)
+            rest_s = START_S + scenario.quiet_from - world.now  # a process may still stand still
+            world.run(lambda: False, max(1.5 * scenario.deadline_s + late_s, rest_s) + 1)
             endings.check_nothing_held()
             endings.check_checksums(checksum_failures() - failures)
         for pool in self.network.pools:

@@ -295,12 +295,13 @@ class Router(Socket):
         wire.down.pump()
 
     def _note_blocks(self, wire: Wire, headers: bytes) -> None:
-        """A block is sent again on a new connection, or when it arrived damaged."""
+        """A block is sent again on a new connection, or after damage, as by a freed page."""
         if not self.network.can_undo:
             self.world.violate("a block is sent that the decode rank cannot undo")
+        damage = self.network.damaged or self.network.nacked
         for start in range(0, len(headers), HEADER_BYTES):
             block = _ROOM_NONCE_SEQ.unpack_from(headers, start)
-            if block in wire.sent and not self.network.damaged:
+            if block in wire.sent and not damage:
                 self.world.violate(
                     f"block {block[2]} of {block[0]} is sent again on {wire.path.name}"
                 )
