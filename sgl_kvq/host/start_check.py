@@ -118,6 +118,7 @@ def _why_not(scheduler: Any) -> str | None:
     args, runner = scheduler.server_args, scheduler.tp_worker.model_runner
     reasons = (
         (args.kv_quant_accept_loss, "--kv-quant-accept-loss"),
+        (runner.device != "cpu", f"not tried on GPUs yet; {ADVICE}"),
         (args.disaggregation_mode == "decode", "the PD prefill instance measures it"),
         (args.load_format == "dummy", "--load-format dummy: weights are random"),
         (args.enable_dp_attention, "not possible with --enable-dp-attention"),
