@@ -76,7 +76,9 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family("OlmoForCausalLM", "OlmoConfig", {"num_key_value_heads": 4}),
     "olmo2": Family("Olmo2ForCausalLM", "Olmo2Config", {}),
     "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", {"num_key_value_heads": 4} | EXPERTS),
-    "phi": Family("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4}),
+    "phi": Family(
+        "PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4, "intermediate_size": 1024}
+    ),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", {"sliding_window": None}),
     "phi-moe": Family(
         "PhiMoEForCausalLM", "PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}
