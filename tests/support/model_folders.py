@@ -66,9 +66,6 @@ FAMILIES: dict[str, Family] = {
         "GraniteMoeForCausalLM", "GraniteMoeConfig", {"attention_multiplier": 0.1} | LOCAL_EXPERTS
     ),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"use_qk_norm": True}),
-    "minimax-m2": Family(
-        "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"scoring_func": "sigmoid"} | LOCAL_EXPERTS
-    ),
     "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS
