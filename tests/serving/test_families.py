@@ -28,7 +28,7 @@ HALF = (
         "granite",
         "minimax-m2",
     ),
-    *("minimax-m2", "olmo2", "olmoe", "phi3", "qwen3", "qwen3-moe", "smollm3", "starcoder2"),
+    *("olmo2", "olmoe", "phi3", "qwen3", "qwen3-moe", "smollm3", "starcoder2"),
 )
 CASES = {
     f"{family}-{'float16' if family in HALF else 'bfloat16'}": (

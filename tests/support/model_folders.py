@@ -66,9 +66,6 @@ FAMILIES: dict[str, Family] = {
         "GraniteMoeForCausalLM", "GraniteMoeConfig", {"attention_multiplier": 0.1} | LOCAL_EXPERTS
     ),
     "hunyuan": Family("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {"use_qk_norm": True}),
-    "minimax-m2": Family(
-        "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {"scoring_func": "sigmoid"} | LOCAL_EXPERTS
-    ),
     "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {"sliding_window": None} | LOCAL_EXPERTS
@@ -76,7 +73,9 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family("OlmoForCausalLM", "OlmoConfig", {"num_key_value_heads": 4}),
     "olmo2": Family("Olmo2ForCausalLM", "Olmo2Config", {}),
     "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", {"num_key_value_heads": 4} | EXPERTS),
-    "phi": Family("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4}),
+    "phi": Family(
+        "PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 4, "intermediate_size": 1024}
+    ),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", {"sliding_window": None}),
     "phi-moe": Family(
         "PhiMoEForCausalLM", "PhimoeConfig", {"sliding_window": None, "num_local_experts": 4}
