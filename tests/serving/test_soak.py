@@ -31,8 +31,10 @@ SERVER_FLAGS = [
     *("--disaggregation-transfer-backend", "kvq-zmq", "--kv-quant-transfer-block-kb", "16"),
     *("--kv-quant-transfer-deadline-s", str(DEADLINE_S)),
 ]
-MAX_GROWTH_BYTES = 48 * 2**20
-MAX_MORE_DESCRIPTORS = MAX_MORE_THREADS = 2
+# Measured: in 23 minutes of this load memory grew by 2.5 MiB at the prefill server, while its radix
+# tree filled for the first time, and by 0.7 MiB at the other; descriptors and threads ended as they
+# began. A leak of 1 MiB a minute is 10 MiB.
+MAX_GROWTH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,14 @@ def settle(cluster: Cluster) -> tuple[Held, Held]:
     return held[0], held[1]
 
 
-@pytest.mark.timeout(SOAK_S + 2 * START_TIMEOUT_S)
+def assert_same(before: tuple[Held, Held], after: tuple[Held, Held]) -> None:
+    for old, new in zip(before, after, strict=True):
+        assert new.memory_bytes - old.memory_bytes <= MAX_GROWTH_BYTES
+        assert new.descriptors <= old.descriptors
+        assert new.threads <= old.threads
+
+
+@pytest.mark.timeout(SOAK_S + 5 * START_TIMEOUT_S)
 def test_servers_hold_what_they_held(
     tiny_model_path: str, text_ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +229,8 @@ def test_servers_hold_what_they_held(
         with load.running():
             while time.monotonic() < until:
                 neighbours.come_and_go()
+                seconds = time.monotonic() - until + SOAK_S
+                print(f"{seconds:.0f} s: {Held.by(prefill)}, {Held.by(decode)}")
         after = settle(cluster)
     retractions = (tmp_path / "decode.log").read_text(errors="replace").count("Testing retraction")
     print(f"{dict(load.ended)}, {retractions} retractions, {neighbours.count} instances killed")
@@ -227,7 +238,4 @@ def test_servers_hold_what_they_held(
         print(f"{name}: {old} before, {new} after")
     assert not load.wrong, load.wrong[:3]
     assert retractions
-    for old, new in zip(before, after, strict=True):
-        assert new.memory_bytes - old.memory_bytes <= MAX_GROWTH_BYTES
-        assert new.descriptors - old.descriptors <= MAX_MORE_DESCRIPTORS
-        assert new.threads - old.threads <= MAX_MORE_THREADS
+    assert_same(before, after)
