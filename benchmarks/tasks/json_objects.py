@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import random
 from functools import partial
-from pydoc_data.topics import topics
 from typing import Any
 
 import jsonschema
 
 from benchmarks.tasks.cases import FENCE_END, JSON_FENCE, Case, Grade
-from sgl_kvq.commands.calibrate.text import NUM_TOPICS
+from sgl_kvq.fidelity.text import measured_topics
 
 TASK = "json"
 COUNT = 100
@@ -42,7 +41,7 @@ have two or three elements. Answer with the object alone.
 
 def cases() -> list[Case]:
     """Return `COUNT` cases, each with a schema and a text of its own."""
-    text = "\n\n".join(list(topics.values())[NUM_TOPICS:])
+    text = "\n\n".join(measured_topics().values())
     made = []
     for index in range(COUNT):
         schema = make_schema(random.Random(index))
