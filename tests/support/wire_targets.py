@@ -41,7 +41,7 @@ def part() -> assembly.IncomingPart:
         0,
         PAGES.numpy(),
         [],
-        Prompt(150, 7),
+        Prompt(150, 7, "default"),
         lambda data: None,
     )
     fresh = assembly.IncomingPart(transfer, ACCESS, FINGERPRINT, 1, now=0.0)
