@@ -51,6 +51,10 @@ def check_loss(scheduler: Any) -> None:
     if all(layout.format.k.is_raw and layout.format.v.is_raw for layout in layouts):
         return
     group = get_parallel().tp_group
+    if runner.device != "cpu":
+        if group.rank_in_group == 0:
+            _report(config.format, None, f"not tried on GPUs yet; {ADVICE}")
+        return
     key, how = _key(runner, config, args), "measured at an earlier start"
     loss = group.broadcast_object(recall(key))
     reason = _why_not(scheduler) if loss is None else None
@@ -118,7 +122,6 @@ def _why_not(scheduler: Any) -> str | None:
     args, runner = scheduler.server_args, scheduler.tp_worker.model_runner
     reasons = (
         (args.kv_quant_accept_loss, "--kv-quant-accept-loss"),
-        (runner.device != "cpu", f"not tried on GPUs yet; {ADVICE}"),
         (args.disaggregation_mode == "decode", "the PD prefill instance measures it"),
         (args.load_format == "dummy", "--load-format dummy: weights are random"),
         (args.enable_dp_attention, "not possible with --enable-dp-attention"),

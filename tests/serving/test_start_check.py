@@ -105,6 +105,16 @@ def test_garbage_ends_the_server_with_one_line_unless_accepted(
     assert check().levelno == logging.WARNING
 
 
+def test_on_a_gpu_nothing_is_measured_yet(
+    server: SchedulerHarness,
+    check: Callable[[], logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.scheduler.tp_worker.model_runner, "device", "cuda")
+    expected = "--kv-quant hack2: loss not measured (not tried on GPUs yet; "
+    assert check().getMessage().startswith(expected)
+
+
 def test_a_model_that_cannot_be_served_ends_the_server_with_one_line(
     server: SchedulerHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
