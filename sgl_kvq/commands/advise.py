@@ -146,8 +146,11 @@ def advice(rows: list[Measured], model: str) -> str:
     if best.config_file is not None:
         flags += f" --kv-quant-config {best.config_file}"
     text = f"take {flags}: {why}"
-    if best.config_file is None and get_format(best.name).calibration is not None:
-        text += f"; it loses less after `python -m sgl_kvq calibrate {model}`"
+    tuned = {row.name for row in rows if row.config_file is not None}
+    for row in rows[: rows.index(best) + 1]:
+        if row.name not in tuned and get_format(row.name).calibration is not None:
+            text += f"; {row.name} loses less after `python -m sgl_kvq calibrate {model}`"
+            break
     return text
 
 

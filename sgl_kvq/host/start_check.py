@@ -62,16 +62,16 @@ def check_loss(scheduler: Any) -> None:
         began = time.perf_counter()
         try:
             loss = measure_loss(runner, scheduler.tokenizer)
-        except KvqError as error:
-            if not isinstance(error, HostError):  # what the model does, not what we asked of SGLang
-                raise
-            reason = str(error)
         except Exception as error:  # a server that cannot be checked is served all the same
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            how = f"measured in {time.perf_counter() - began:.1f} s"
-            if group.rank_in_group == 0:
-                remember(key, loss)
+            if isinstance(error, KvqError) and not isinstance(error, HostError):
+                raise  # it is the model that does what we cannot serve
+            logger.warning(
+                "--kv-quant %s: its loss could not be measured", config.format, exc_info=True
+            )
+            return
+        how = f"measured in {time.perf_counter() - began:.1f} s"
+        if group.rank_in_group == 0:
+            remember(key, loss)
     if group.rank_in_group == 0:
         _report(config.format, loss, reason or how)
     if loss is not None and verdict(loss) == "refused" and not args.kv_quant_accept_loss:

@@ -22,11 +22,20 @@ def measured(name: str, bits: float, nats: float, file: str | None = None) -> Me
     [
         (
             [measured("hack2", 2.5, 0.2), measured("kvq2", 2.9, 0.03), measured("hack4", 4.5, 0.0)],
-            "take --kv-quant kvq2: the smallest that loses at most 0.05 nats a token; it loses "
+            "take --kv-quant kvq2: the smallest that loses at most 0.05 nats a token; kvq2 loses "
             "less after `python -m sgl_kvq calibrate M`",
         ),
         (
-            [measured("kvq2", 2.9, 0.02, "f"), measured("hack4", 4.5, 0.0)],
+            [measured("kvq2", 2.9, 0.07), measured("hack4", 4.5, 0.0)],
+            "take --kv-quant hack4: the smallest that loses at most 0.05 nats a token; kvq2 loses "
+            "less after `python -m sgl_kvq calibrate M`",
+        ),
+        (
+            [
+                measured("kvq2", 2.9, 0.02, "f"),
+                measured("kvq2", 2.9, 0.07),
+                measured("hack4", 4.5, 0.0),
+            ],
             "take --kv-quant kvq2 --kv-quant-config f: the smallest that loses at most 0.05 nats "
             "a token",
         ),
@@ -35,7 +44,7 @@ def measured(name: str, bits: float, nats: float, file: str | None = None) -> Me
             "take --kv-quant hack4: loses least",
         ),
     ],
-    ids=["smallest", "with-file", "none-is-good"],
+    ids=["smallest", "smaller-after-calibration", "with-file", "none-is-good"],
 )
 def test_advice(rows: list[Measured], expected: str) -> None:
     assert advice(rows, "M") == expected

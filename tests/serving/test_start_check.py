@@ -85,6 +85,14 @@ def test_a_second_start_measures_nothing(
     assert check().getMessage().startswith(f"{before} (measured in ")
 
 
+def test_a_check_that_fails_is_a_warning(
+    check: Callable[[], logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_check, "recall", lambda key: None)
+    monkeypatch.setattr(start_check, "measured_ids", lambda *_: 1 / 0)
+    assert check().levelno == logging.WARNING
+
+
 def test_garbage_ends_the_server_with_one_line_unless_accepted(
     server: SchedulerHarness,
     check: Callable[[], logging.LogRecord],
