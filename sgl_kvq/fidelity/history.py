@@ -96,7 +96,7 @@ class FormatHistory:
             K and V, float32, shaped like k.
         """
         layout = self.layouts[layer]
-        if layout.format.k.is_raw and layout.format.v.is_raw:
+        if layout.format.is_raw:
             return k.float(), v.float()
         by_page = [x.unflatten(1, (-1, PAGE_SIZE)).permute(1, 2, 0, 3) for x in (k, v)]
         rows = [replace_nonfinite(x)[0] for x in by_page]  # [pages, P, H, D]

@@ -218,6 +218,11 @@ class QuantFormat(ABC):
         """Bits from which `CalibrationMethod.with_bits` makes this format."""
         return LayerBits(self.k.num_bits, self.k.outlier_16ths, self.v.num_bits)
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether pages hold the rows as they are, in 16 bits."""
+        return self.k.is_raw and self.v.is_raw
+
     @abstractmethod
     def fields(self, head_dim: int) -> list[FieldSpec]:
         """Fields of one head of a page, in the order they lie.

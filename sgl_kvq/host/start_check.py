@@ -48,7 +48,7 @@ def check_loss(scheduler: Any) -> None:
     config = quant_config(args)
     assert config is not None
     layouts = runner.token_to_kv_pool.plan.layouts
-    if all(layout.format.k.is_raw and layout.format.v.is_raw for layout in layouts):
+    if all(layout.format.is_raw for layout in layouts):
         return
     group = get_parallel().tp_group
     if runner.device != "cpu":
